@@ -146,6 +146,7 @@ def left_pad(
     return torch.tensor([[-1] * (S - len(prompt)) + list(prompt) for prompt in prompts])
 
 # %% ../nbs/08_generate.ipynb #9499d42b
+@torch.no_grad()
 def next_logits(
     model: TinyLM,
     text: Tensor,  # (B, S) prompts and tokens so far; a negative id marks an empty place
@@ -207,13 +208,12 @@ def check_fits(
         )
 
 # %% ../nbs/08_generate.ipynb #604300bb
-@torch.no_grad()
 def generate_steps(
     model: TinyLM,
     prompts: list[list[int]] | Tensor,  # B prompts of any lengths
     config: SamplingConfig,
     eos_token_id: int | None = None,  # a row is finished after this token; None: never
-    process: Callable = process_logits,  # (logits, text, config) -> scores to draw from
+    process: Callable = process_logits,  # (logits, previous_ids, config) -> scores to draw from
 ) -> Iterator[list[int | None]]:  # at each step B new tokens; None for finished rows
     """Continue all prompts, one token at a time."""
     weight = next(model.parameters())
