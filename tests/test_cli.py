@@ -277,6 +277,6 @@ def test_mistake_in_a_real_process(place):
 
 def test_only_the_first_process_prints(place):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = process([*torchrun, "-m", "tinylm", "pretrain", "--out", "runs/two", *TINY], place)
+    done = process([*torchrun, "-m", "tinylm", "pretrain", "--out", "runs/one-voice", *TINY], place)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("perplexity") == 1 and done.stdout.count("next:") == 1
