@@ -46,6 +46,7 @@ class ModelConfig:
     attention_dropout: float = 0.0  # share of attention weights dropped in training
     tie_word_embeddings: bool = True  # one table for reading and for predicting tokens
     initializer_range: float = 0.02  # standard deviation of the initial weights
+    embedding_range: float | None = None  # the same of the embedding table; None: initializer_range
 
     def __post_init__(self):
         _check_config(self)
@@ -95,9 +96,10 @@ def _check_config(config: ModelConfig) -> None:
     precompute_rope(d, 1, config.rope_theta, config.rope_scaling, config.partial_rotary_factor)  # checks these four
     if not 0 <= config.attention_dropout < 1:
         raise ValueError(f"attention_dropout is {config.attention_dropout}: use 0 or more and less than 1")
-    for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{name} is {getattr(config, name)}: use a positive number")
+    for name in ("rope_theta", "rms_norm_eps", "initializer_range", "embedding_range"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} is {value}: use a positive number")
     wrong = [i for i in config.no_rope_layers if not 0 <= i < config.num_hidden_layers]
     if wrong:
         raise ValueError(f"no_rope_layers names layers {wrong}: there are layers 0 to {config.num_hidden_layers - 1}")
@@ -288,8 +290,9 @@ class TinyLM(nn.Module):
 
     def init_weights(self, module: nn.Module) -> None:
         """Normal weights, no biases; norms start as they are."""
+        usual, table = self.config.initializer_range, self.config.embedding_range
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            nn.init.normal_(module.weight, std=table if table and isinstance(module, nn.Embedding) else usual)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -383,6 +386,8 @@ def _config_to_hf(config: ModelConfig) -> dict:
         hf["attention_bias"] = config.attention_bias
     if config.sliding_window is not None:
         hf["sliding_window"] = config.sliding_window
+    if config.embedding_range is not None:
+        hf["embedding_range"] = config.embedding_range
     if family == "qwen3":
         hf |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
     return hf
@@ -423,6 +428,7 @@ def _config_from_hf(hf: dict) -> ModelConfig:
         sliding_window=full.get("sliding_window"),
         qk_norm=full["model_type"] == "qwen3",
         attention_bias=full.get("attention_bias", False),
+        embedding_range=full.get("embedding_range"),
     ).resolved()
 
 # %% ../nbs/05_model.ipynb #b592fa4a
