@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PEOPLE', 'GIRLS', 'PLACES', 'THINGS', 'NUMBERS', 'ONE', 'MANY', 'FLAVOUR', 'MAX_COUNT', 'MAX_STEPS', 'LOG', 'SPLITS',
-           'HELD_OUT', 'SLOTS', 'GRAMMAR', 'DRAWS', 'LISTS', 'BITS', 'FORMS', 'NEXT', 'MORE', 'words', 'Voice',
-           'weighted', 'held_out', 'World', 'Scene', 'Props', 'Form', 'saying', 'compile_form', 'applicable', 'Teller',
-           'Question', 'Story', 'generate_story', 'stories', 'make_corpus', 'Mismatch', 'Replayer', 'explore', 'parse',
-           'surprisal', 'token_nats', 'token_kinds', 'floor']
+           'HELD_OUT', 'SLOTS', 'GRAMMAR', 'DRAWS', 'LISTS', 'BITS', 'FORMS', 'NEXT', 'OFTEN', 'SELDOM', 'words',
+           'Voice', 'weighted', 'held_out', 'World', 'Scene', 'Props', 'Form', 'saying', 'compile_form', 'applicable',
+           'Teller', 'Question', 'Story', 'generate_story', 'stories', 'make_corpus', 'Mismatch', 'Replayer', 'explore',
+           'parse', 'surprisal', 'token_nats', 'token_kinds', 'floor']
 
 # %% ../nbs/09_corpus.ipynb #2831ba25
 import math
@@ -356,21 +356,21 @@ GRAMMAR["act"] = """
 8 <took> the {near}{take} in the {here}.
 4 <found> the {loose} in the {site}{visit}{take}.
 6 <carried> the {held} to the {place}{go}.
-3 <brought> the {held} to {away} in the {there}{join}{give}.
+5 <brought> the {held} to {away} in the {there}{join}{give}.
 4 <put> the {held} down in the {here}{drop}.
-6 <gave> the {held} to {mate}{give}.
+8 <gave> the {held} to {mate}{give}.
 6 <handed> {mate} the {held}{give}. "Thank you, {me}," said {other}.
 6 <got> the {theirs} from {owner_of_it}{take}.
 1 <wanted> the {far}. The {it} was in the {its_place}.
-5 <showed> {mate} the {held}.
+8 <showed> {mate} the {held}.
 1 <counted> {his} {all}.
 1 <bought> {some}{gain}. Now {he} had {total}.
 1 <lost> {part}{lose}. Now {he} had {total}.
-2 <shared> {part} with {mate}{lose}{receive}.
+3 <shared> {part} with {mate}{lose}{receive}.
 1 <missed> {away}. {other} was in the {other_place}.
-2 <asked> {mate}, <"Where> is the {far}?" "The {it} is in the {its_place}," said {other}.
-2 <asked> {mate}, <"How> many {nouns} do you have?" "I have {other_total}," said {other}.
-4 <wondered> who had the {theirs}. "I do," said {holder}."""
+3 <asked> {mate}, <"Where> is the {far}?" "The {it} is in the {its_place}," said {other}.
+3 <asked> {mate}, <"How> many {nouns} do you have?" "I have {other_total}," said {other}.
+8 <wondered> who had the {theirs}. "I do," said {holder}."""
 GRAMMAR["aside"] = """
 2 <The> {air} was {feel} and {mild}.
 4 <A> {size} {animal} {noise} {spot}.
@@ -432,8 +432,8 @@ def applicable(
     return weighted([(form.weight, form) for form in FORMS[table] if not form.needs & ~state])
 
 
-NEXT = weighted([(7, "act"), (3, "aside"), (2, "end")])  # what comes after a sentence
-MORE = weighted([(2, True), (1, False)])  # whether a third and a fourth question come
+NEXT = weighted([(6, "act"), (4, "aside"), (4, "end")])  # what comes after a sentence
+OFTEN, SELDOM = weighted([(2, True), (1, False)]), weighted([(1, True), (2, False)])
 
 
 class Teller(Props):
@@ -476,11 +476,11 @@ class Teller(Props):
         self.sentence("act", self.look_around(self.actor))
 
     def introduce(self) -> None:
-        "Two or three people, one to three things, and one or two amounts."
+        "Two or three people, one or two things, and one or two amounts."
         self.sentence("opening")
-        if self.choose(2):
+        if self.weigh(SELDOM):
             self.sentence("third person")
-        for _ in range(1 + self.choose(3)):
+        for _ in range(1 + self.choose(2)):
             self.sentence("thing")
         self.sentence("amount")
         if self.choose(2):
@@ -492,7 +492,7 @@ class Teller(Props):
         lists = {"carried": carried, "owner": [i for i, n in enumerate(self.count) if n]}
         lists |= {"any": list(range(len(self.things))), "person": list(range(len(self.people)))}
         for number in range(4):
-            if number > 1 and not self.weigh(MORE):
+            if number > 1 and not self.weigh(OFTEN):
                 break
             self.sentence("question", self.see(**lists))
 
