@@ -356,21 +356,21 @@ GRAMMAR["act"] = """
 8 <took> the {near}{take} in the {here}.
 4 <found> the {loose} in the {site}{visit}{take}.
 6 <carried> the {held} to the {place}{go}.
-5 <brought> the {held} to {away} in the {there}{join}{give}.
+3 <brought> the {held} to {away} in the {there}{join}{give}.
 4 <put> the {held} down in the {here}{drop}.
-8 <gave> the {held} to {mate}{give}.
+6 <gave> the {held} to {mate}{give}.
 6 <handed> {mate} the {held}{give}. "Thank you, {me}," said {other}.
 6 <got> the {theirs} from {owner_of_it}{take}.
 1 <wanted> the {far}. The {it} was in the {its_place}.
-8 <showed> {mate} the {held}.
+5 <showed> {mate} the {held}.
 1 <counted> {his} {all}.
 1 <bought> {some}{gain}. Now {he} had {total}.
 1 <lost> {part}{lose}. Now {he} had {total}.
-3 <shared> {part} with {mate}{lose}{receive}.
+2 <shared> {part} with {mate}{lose}{receive}.
 1 <missed> {away}. {other} was in the {other_place}.
-3 <asked> {mate}, <"Where> is the {far}?" "The {it} is in the {its_place}," said {other}.
-3 <asked> {mate}, <"How> many {nouns} do you have?" "I have {other_total}," said {other}.
-8 <wondered> who had the {theirs}. "I do," said {holder}."""
+2 <asked> {mate}, <"Where> is the {far}?" "The {it} is in the {its_place}," said {other}.
+2 <asked> {mate}, <"How> many {nouns} do you have?" "I have {other_total}," said {other}.
+4 <wondered> who had the {theirs}. "I do," said {holder}."""
 GRAMMAR["aside"] = """
 2 <The> {air} was {feel} and {mild}.
 4 <A> {size} {animal} {noise} {spot}.
