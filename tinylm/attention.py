@@ -4,34 +4,26 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'causal_mask', 'attention_weights', 'naive_attention', 'sliding_window_mask', 'document_mask',
-           'attention_mask', 'attend_at_once', 'attend', 'repeat_kv', 'Attention']
+           'attention_mask', 'attend_at_once', 'attend', 'Attention']
 
 # %% ../nbs/02_attention.ipynb #f2e946ab
 import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .rope import apply_rope
 
 # %% ../nbs/02_attention.ipynb #3e9e21f9
-def causal_mask(
-    T: int,  # number of queries: the last T of the S positions
-    S: int,  # number of keys
-    device: torch.device | str | None = None,  # where the mask is made
-) -> torch.Tensor:  # (T, S) bool, True = may attend
-    """A query sees itself and everything before it (Vaswani et al. 2017, section 3.2.3)."""
+def causal_mask(T: int, S: int, device: torch.device | str | None = None) -> Tensor:  # (T, S) bool, True = may attend
+    """Each query, the last T of S positions, sees itself and all before it (Vaswani et al. 2017, section 3.2.3)."""
     if T > S:
         raise ValueError(f"T is {T} but S is {S}: the queries are the last T of the S positions, so T is at most S")
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 # %% ../nbs/02_attention.ipynb #55154728
-def attention_weights(
-    q: torch.Tensor,  # (B, H, T, d) queries, the last T of the S positions
-    k: torch.Tensor,  # (B, H, S, d) keys
-    mask: torch.Tensor | None = None,  # bool, broadcasts to (B, H, T, S), True = may attend; None: causal
-) -> torch.Tensor:  # (B, H, T, S): row t says how much of each position query t takes; sums to 1
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:  # (B, H, T, S), rows sum to 1
     """softmax(q k^T / sqrt(d)) over what the mask leaves (Vaswani et al. 2017, equation 1)."""
     if mask is None:
         mask = causal_mask(q.shape[-2], k.shape[-2], q.device)
@@ -39,43 +31,31 @@ def attention_weights(
     return scores.masked_fill(~mask, -math.inf).softmax(-1)
 
 
-def naive_attention(
-    q: torch.Tensor,  # (B, H, T, d) queries, the last T of the S positions
-    k: torch.Tensor,  # (B, H, S, d) keys
-    v: torch.Tensor,  # (B, H, S, d) values
-    mask: torch.Tensor | None = None,  # bool, broadcasts to (B, H, T, S), True = may attend; None: causal
-) -> torch.Tensor:  # (B, H, T, d)
-    """The equation as it stands, holding all weights at once: for tests and pictures."""
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:  # (B, H, T, d)
+    """The equation as it stands, for tests and pictures; arguments as of `attend`, without shared heads."""
     return attention_weights(q, k, mask) @ v
 
 # %% ../nbs/02_attention.ipynb #5f7ba315
-def sliding_window_mask(
-    T: int,  # number of queries: the last T of the S positions
-    S: int,  # number of keys
-    window: int,  # positions seen by a query, itself included
-    device: torch.device | str | None = None,  # where the mask is made
-) -> torch.Tensor:  # (T, S) bool, True = may attend
-    """A query sees the last `window` positions up to itself (Mistral 7B, section 2)."""
+def sliding_window_mask(T: int, S: int, window: int, device: torch.device | str | None = None) -> Tensor:
+    """(T, S) bool: a query sees the last `window` positions up to itself (Mistral 7B, section 2)."""
     if window < 1:
         raise ValueError(f"window is {window}: use 1 or more, or None for no window")
     return causal_mask(T, S, device).triu(S - T - window + 1)
 
-# %% ../nbs/02_attention.ipynb #a5cfcce1
-def document_mask(
-    document_ids: torch.Tensor,  # (B, S) int: the document each position belongs to
-) -> torch.Tensor:  # (B, 1, S, S) bool, True = same document; says nothing about order
-    """Keep the documents packed into one row apart."""
+
+def document_mask(document_ids: Tensor) -> Tensor:  # (B, S) int -> (B, 1, S, S) bool, True = same document
+    """Keep the documents packed into one row apart; it says nothing about order."""
     return (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
 
-# %% ../nbs/02_attention.ipynb #f2a1ab16
+# %% ../nbs/02_attention.ipynb #aa1cb37f
 def attention_mask(
     T: int,  # number of queries: the last T of the S positions
     S: int,  # number of keys
     window: int | None = None,  # positions seen by a query, itself included; None: all
-    document_ids: torch.Tensor | None = None,  # (B, S) int: a query sees its own document only
-    padding: torch.Tensor | None = None,  # (B, S), 1 = word, 0 = padding (`attention_mask` of Hugging Face)
+    document_ids: Tensor | None = None,  # (B, S) int: a query sees its own document only
+    padding: Tensor | None = None,  # (B, S), 1 = word, 0 = padding (`attention_mask` of Hugging Face)
     device: torch.device | str | None = None,  # where the mask is made
-) -> torch.Tensor | None:  # bool (T, S) or (B, 1, T, S), True = may attend; None: plain causal will do
+) -> Tensor | None:  # bool (T, S) or (B, 1, T, S), True = may attend; None: plain causal will do
     """Everything a query may see, as one mask, or None where the faster `mask=None` says the same."""
     for name, given in (("document_ids", document_ids), ("padding", padding)):
         if given is not None and given.shape[-1] != S:
@@ -87,7 +67,7 @@ def attention_mask(
     if document_ids is not None:
         mask = mask & document_mask(document_ids)[:, :, S - T :]
     if padding is not None:
-        itself = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T).triu(S - T)
+        itself = torch.eye(S, dtype=torch.bool, device=device)[S - T :]
         mask = (mask & padding.bool()[:, None, None, :]) | itself  # a padded query sees itself: no empty row
     return mask
 
@@ -95,44 +75,31 @@ def attention_mask(
 SHORT = 512  # positions; up to here a CPU trains faster in bfloat16 with all weights at once
 
 
-def attend_at_once(
-    q: torch.Tensor,  # (B, H, T, d) queries
-    k: torch.Tensor,  # (B, K, S, d) keys
-    v: torch.Tensor,  # (B, K, S, d) values
-    mask: torch.Tensor,  # bool, broadcasts to (B, H, T, S), True = may attend
-) -> torch.Tensor:  # (B, H, T, d)
-    """`naive_attention` with fewer passes over the weights: the queries are scaled, and the mask is added."""
-    if q.shape[1] != k.shape[1]:
-        k, v = (repeat_kv(x, q.shape[1] // k.shape[1]) for x in (k, v))
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    hidden = torch.zeros(mask.shape, dtype=scores.dtype, device=q.device).masked_fill_(~mask, -math.inf)
-    return (scores + hidden).softmax(-1) @ v
+def attend_at_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """`attend` with fewer passes over the weights than `naive_attention`, and without copies of shared heads."""
+    B, H, T, d = q.shape
+    K, S = k.shape[1:3]
+    grid = (q * d**-0.5).reshape(B, K, -1, d) @ k.mT  # queries that share a head are rows of one product
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
+    weights = (grid.view(B, H, T, S) + bias).softmax(-1)
+    return (weights.view(B, K, -1, S) @ v).view(B, H, T, d)
 
 
 def attend(
-    q: torch.Tensor,  # (B, H, T, d) queries, the last T of the S positions
-    k: torch.Tensor,  # (B, K, S, d) keys; K divides H, each key/value head serves H/K query heads
-    v: torch.Tensor,  # (B, K, S, d) values
-    mask: torch.Tensor | None = None,  # bool, broadcasts to (B, H, T, S), True = may attend; None: causal
+    q: Tensor,  # (B, H, T, d) queries, the last T of the S positions
+    k: Tensor,  # (B, K, S, d) keys; K divides H, each key/value head serves H/K query heads
+    v: Tensor,  # (B, K, S, d) values
+    mask: Tensor | None = None,  # bool, broadcasts to (B, H, T, S), True = may attend; None: causal
     dropout_p: float = 0.0,  # share of the weights dropped
-) -> torch.Tensor:  # (B, H, T, d)
+) -> Tensor:  # (B, H, T, d)
     """`naive_attention`, in blocks (FlashAttention, Dao et al. 2022) unless a CPU trains on short rows in bfloat16."""
     T, S = q.shape[-2], k.shape[-2]
     if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and S <= SHORT and not dropout_p:
         return attend_at_once(q, k, v, causal_mask(T, S) if mask is None else mask)
     if mask is None and T not in (1, S):  # PyTorch's is_causal would take the queries for the first T positions
         mask = causal_mask(T, S, q.device)
-    causal = mask is None and T > 1
-    shared = q.shape[1] != k.shape[1]
+    causal, shared = mask is None and T > 1, q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=causal, enable_gqa=shared)
-
-# %% ../nbs/02_attention.ipynb #2fd29578
-def repeat_kv(
-    x: torch.Tensor,  # (B, K, S, d) keys or values
-    groups: int,  # H / K, query heads per key/value head
-) -> torch.Tensor:  # (B, H, S, d)
-    """Copy each key/value head for every query head that it serves: h reads head h // groups."""
-    return x.repeat_interleave(groups, dim=1)
 
 # %% ../nbs/02_attention.ipynb #2e1b0df8
 def _check_heads(hidden_size: int, H: int, K: int, head_dim: int | None, dropout: float) -> int:
@@ -146,9 +113,10 @@ def _check_heads(hidden_size: int, H: int, K: int, head_dim: int | None, dropout
     return hidden_size // H if head_dim is None else head_dim
 
 # %% ../nbs/02_attention.ipynb #841a1c71
-def _normalise(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _normalise(norm: nn.Module, x: Tensor) -> Tensor:
     """Norms keep the precision of their weights, under autocast too."""
-    return norm(x.to(norm.weight.dtype)) if isinstance(norm, nn.RMSNorm) else x
+    weight = getattr(norm, "weight", None)
+    return norm(x if weight is None else x.to(weight.dtype))
 
 
 class Attention(nn.Module):
@@ -176,10 +144,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(d, eps=rms_norm_eps) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(d, eps=rms_norm_eps) if qk_norm else nn.Identity()
 
-    def project(
-        self,
-        x: torch.Tensor,  # (B, T, D)
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # queries (B, H, T, d), keys and values (B, K, T, d)
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D) -> (B, H, T, d), twice (B, K, T, d)
         """What is compared and what is mixed: the method to override for a new kind of attention."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = _normalise(self.q_norm, q), _normalise(self.k_norm, k)
@@ -187,12 +152,12 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,  # (B, T, D)
-        rope: tuple[torch.Tensor, torch.Tensor] | None = None,  # cos, sin: (T, d) or (B, T, d); None: no rotation
-        mask: torch.Tensor | None = None,  # bool, broadcasts to (B, H, T, S), True = may attend; None: causal
+        x: Tensor,  # (B, T, D)
+        rope: tuple[Tensor, Tensor] | None = None,  # cos, sin: (T, d) or (B, T, d); None: no rotation
+        mask: Tensor | None = None,  # bool, broadcasts to (B, H, T, S), True = may attend; None: causal
         cache=None,  # keeps keys and values of earlier calls: has update(k, v, layer_idx) -> (k, v) of all S positions
         layer_idx: int = 0,  # which layer's keys and values the cache is asked for
-    ) -> torch.Tensor:  # (B, T, D)
+    ) -> Tensor:  # (B, T, D)
         """Project, rotate, remember, attend, project back."""
         q, k, v = self.project(x)
         if rope is not None:

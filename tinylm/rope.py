@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROPE_SCALINGS', 'rope_frequencies', 'scale_default', 'precompute_rope', 'apply_rope', 'sinusoidal_positions',
-           'LearnedPositions', 'scale_linear', 'scale_dynamic', 'scale_llama3', 'scale_yarn', 'interleaved_to_half',
-           'half_to_interleaved']
+           'LearnedPositions', 'scale_linear', 'scale_dynamic', 'scale_llama3', 'scale_yarn', 'interleaved_to_half']
 
 # %% ../nbs/01_rope.ipynb #b2269d70
 import inspect
@@ -16,50 +15,36 @@ import torch
 from torch import nn
 
 # %% ../nbs/01_rope.ipynb #d87a5a88
-def rope_frequencies(
-    rotary_dim: int,  # number of dimensions that are rotated; even
-    theta: float,  # base: the larger, the slower the slow pairs
-) -> torch.Tensor:  # (rotary_dim/2,) float32: radians per position of each pair
-    """Angle per position of each pair, theta^(-2i/d) (RoFormer, section 3.2.2)."""
+def rope_frequencies(rotary_dim: int, theta: float) -> torch.Tensor:  # (rotary_dim/2,) float32
+    """Radians per position of each pair, theta^(-2i/d) (RoFormer, section 3.2.2)."""
     return 1.0 / theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
 
 
-def scale_default(
-    rotary_dim: int,  # number of dimensions that are rotated
-    theta: float,  # base
-    length: int,  # number of positions the table is made for
-) -> tuple[torch.Tensor, float]:  # (rotary_dim/2,) frequencies, and the factor on cos and sin
-    """Plain RoPE: the frequencies as they were trained."""
+def scale_default(rotary_dim: int, theta: float, length: int) -> tuple[torch.Tensor, float]:
+    """Plain RoPE: the frequencies as they were trained, and 1, the factor on cos and sin."""
     return rope_frequencies(rotary_dim, theta), 1.0
 
 
 ROPE_SCALINGS: dict[str, Callable[..., tuple[torch.Tensor, float]]] = {"default": scale_default}
 
-# %% ../nbs/01_rope.ipynb #163f187f
-def _read_scaling(rope_scaling: dict | None, theta: float, partial_rotary_factor: float) -> tuple[Callable, dict]:
-    """The scaling function that `rope_scaling` names, and the keyword arguments for it."""
+# %% ../nbs/01_rope.ipynb #4a8a8141
+def _scaled_frequencies(rotary_dim: int, theta: float, length: int, rope_scaling: dict | None):
+    """What the function that `rope_scaling` names makes of the frequencies: those, and the factor on cos and sin."""
     options = {key: value for key, value in (rope_scaling or {}).items() if value is not None}
-    older_name = options.pop("type", "default")  # older checkpoints write "type"
-    rope_type = options.pop("rope_type", older_name)
+    rope_type = options.pop("rope_type", options.pop("type", "default"))  # older checkpoints write "type"
     if rope_type not in ROPE_SCALINGS:
         raise ValueError(f"rope_scaling['rope_type'] is {rope_type!r}: use one of {', '.join(ROPE_SCALINGS)}")
-    for key, value in (("rope_theta", theta), ("partial_rotary_factor", partial_rotary_factor)):
-        if options.pop(key, value) != value:
-            name, said = key.removeprefix("rope_"), (rope_scaling or {})[key]
-            raise ValueError(f"rope_scaling[{key!r}] is {said}, but {name} is {value}: pass {name}={said}")
-    scale = ROPE_SCALINGS[rope_type]
-    keys = [p for p in inspect.signature(scale).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    missing = [p.name for p in keys if p.default is p.empty and p.name not in options]
-    unknown = sorted(options.keys() - {p.name for p in keys})
-    if missing:
-        raise ValueError(f"rope_scaling {rope_scaling} lacks {', '.join(missing)}, which {rope_type!r} needs: add it")
-    if unknown:
-        raise ValueError(f"rope_scaling has {', '.join(unknown)}, unknown to {rope_type!r}: remove it or fix its name")
-    if options.get("factor", 1.0) < 1.0:
-        raise ValueError(f"rope_scaling['factor'] is {options['factor']}: it is new length / old length, 1 or more")
-    return scale, options
+    if (said := options.pop("rope_theta", theta)) != theta:
+        raise ValueError(f"rope_scaling['rope_theta'] is {said}, but theta is {theta}: pass theta={said}")
+    try:
+        if options.get("factor", 1.0) < 1.0:
+            raise ValueError(f"rope_scaling['factor'] is {options['factor']}: it is new length / old length, 1 or more")
+        return ROPE_SCALINGS[rope_type](rotary_dim, theta, length, **options)
+    except TypeError as error:
+        known = ", ".join(list(inspect.signature(ROPE_SCALINGS[rope_type]).parameters)[3:]) or "no other key"
+        raise ValueError(f"rope_scaling={rope_scaling}: {error}; {rope_type!r} takes {known}") from error
 
-# %% ../nbs/01_rope.ipynb #cb5f65ba
+# %% ../nbs/01_rope.ipynb #163f187f
 def precompute_rope(
     head_dim: int,  # d, size of one head
     max_positions: int,  # number of positions in the table; "dynamic" scaling is computed for this length
@@ -72,12 +57,8 @@ def precompute_rope(
     if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
         what = f"head_dim={head_dim} and partial_rotary_factor={partial_rotary_factor}"
         raise ValueError(f"{what} rotate {rotary_dim} dimensions: they must be even, at least 2, at most head_dim")
-    if max_positions < 1:
-        raise ValueError(f"max_positions is {max_positions}: a table needs at least 1 position")
-    scale, options = _read_scaling(rope_scaling, theta, partial_rotary_factor)
-    inv_freq, attention_factor = scale(rotary_dim, theta, max_positions, **options)
-    angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inv_freq)
-    angles = torch.cat((angles, angles), dim=-1)
+    inv_freq, attention_factor = _scaled_frequencies(rotary_dim, theta, max_positions, rope_scaling)
+    angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inv_freq).repeat(1, 2)
     return angles.cos() * attention_factor, angles.sin() * attention_factor
 
 # %% ../nbs/01_rope.ipynb #296c8b2a
@@ -89,10 +70,8 @@ def apply_rope(
     """Rotate the first `rotary_dim` dimensions of each head by its position (RoFormer, eq. 34)."""
     rotary_dim, head_dim = cos.shape[-1], x.shape[-1]
     if cos.shape[-2] != x.shape[-2] or rotary_dim > head_dim:
-        raise ValueError(
-            f"cos has {cos.shape[-2]} positions of {rotary_dim} dimensions, x has {x.shape[-2]} of {head_dim}: "
-            "pass the rows of the table at x's positions, e.g. cos[start:start + T]"
-        )
+        shapes = f"cos has {cos.shape[-2]} positions of {rotary_dim} dimensions, x has {x.shape[-2]} of {head_dim}"
+        raise ValueError(f"{shapes}: pass the rows of the table at x's positions, e.g. cos[start:start + T]")
     if rotary_dim < head_dim:
         return torch.cat((apply_rope(x[..., :rotary_dim], cos, sin), x[..., rotary_dim:]), dim=-1)
     half = rotary_dim // 2
@@ -100,35 +79,25 @@ def apply_rope(
     signed_sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).to(x.dtype).unsqueeze(-3)
     return torch.addcmul(x * cos, x.roll(half, dims=-1), signed_sin)
 
-# %% ../nbs/01_rope.ipynb #83d819aa
+# %% ../nbs/01_rope.ipynb #991964ae
 def sinusoidal_positions(
     max_positions: int,  # number of positions
-    dim: int,  # size of the word vectors; even
+    dim: int,  # size of the word vectors
 ) -> torch.Tensor:  # (max_positions, dim) float32, sines in even columns and cosines in odd ones
     """Fixed position vectors to add to word vectors (Vaswani et al. 2017, section 3.5)."""
-    if dim % 2:
-        raise ValueError(f"dim is {dim}: sines and cosines come in pairs, so it must be even")
     exponent = torch.arange(0, dim, 2, dtype=torch.float64) / dim
     angles = torch.outer(torch.arange(max_positions, dtype=torch.float64), 10000.0**-exponent)
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2).float()
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[:, :dim].float()
 
-# %% ../nbs/01_rope.ipynb #eee5686b
+
 class LearnedPositions(nn.Module):
     """A trained vector for each position, added to the word vectors (GPT-2)."""
 
-    def __init__(
-        self,
-        max_positions: int,  # longest text the model will ever see
-        hidden_size: int,  # D, size of the word vectors
-    ):
+    def __init__(self, max_positions: int, hidden_size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(max_positions, hidden_size) * 0.02)
 
-    def forward(
-        self,
-        x: torch.Tensor,  # (B, T, D) word vectors
-        start: int = 0,  # position of the first one
-    ) -> torch.Tensor:  # (B, T, D)
+    def forward(self, x: torch.Tensor, start: int = 0) -> torch.Tensor:  # (B, T, D) -> (B, T, D)
         """Add the vectors of positions start, start + 1, ..."""
         end = start + x.shape[-2]
         if end > len(self.weight):
@@ -136,51 +105,35 @@ class LearnedPositions(nn.Module):
         return x + self.weight[start:end]
 
 # %% ../nbs/01_rope.ipynb #343dcab1
-def scale_linear(
-    rotary_dim: int,  # number of dimensions that are rotated
-    theta: float,  # base
-    length: int,  # unused: the same for every length
-    *,
-    factor: float,  # new length / trained length
-) -> tuple[torch.Tensor, float]:  # (rotary_dim/2,) frequencies, and the factor on cos and sin
+def scale_linear(rotary_dim: int, theta: float, length: int, *, factor: float) -> tuple[torch.Tensor, float]:
     """Position interpolation: every pair `factor` times slower (Chen et al. 2023)."""
     return rope_frequencies(rotary_dim, theta) / factor, 1.0
 
 
-ROPE_SCALINGS["linear"] = scale_linear
-
-# %% ../nbs/01_rope.ipynb #c63c1b65
 def scale_dynamic(
-    rotary_dim: int,  # number of dimensions that are rotated; at least 4
-    theta: float,  # base
-    length: int,  # current length of the text: the base grows with it
-    *,
-    factor: float,  # strength of the growth
-    original_max_position_embeddings: int,  # trained length; `max_position_embeddings` of such checkpoints
-) -> tuple[torch.Tensor, float]:  # (rotary_dim/2,) frequencies, and the factor on cos and sin
-    """Dynamic NTK: a larger base for texts beyond the trained length."""
+    rotary_dim: int, theta: float, length: int, *, factor: float, original_max_position_embeddings: int
+) -> tuple[torch.Tensor, float]:
+    """Dynamic NTK: a base that grows with `length` beyond the trained one, `original_max_position_embeddings`."""
     if rotary_dim < 4:
-        raise ValueError(
-            f"'dynamic' with {rotary_dim} rotated dimensions: a single pair cannot be spread, use 4 or more"
-        )
+        raise ValueError(f"'dynamic' with {rotary_dim} rotated dimensions: use 4 or more, one pair cannot be spread")
     trained = original_max_position_embeddings
     slowdown = factor * max(length, trained) / trained - (factor - 1)  # of the slowest pair
     return rope_frequencies(rotary_dim, theta * slowdown ** (rotary_dim / (rotary_dim - 2))), 1.0
 
 
-ROPE_SCALINGS["dynamic"] = scale_dynamic
+ROPE_SCALINGS |= {"linear": scale_linear, "dynamic": scale_dynamic}
 
 # %% ../nbs/01_rope.ipynb #2399f7ca
 def scale_llama3(
-    rotary_dim: int,  # number of dimensions that are rotated
-    theta: float,  # base
-    length: int,  # unused: the same for every length
+    rotary_dim: int,
+    theta: float,
+    length: int,
     *,
     factor: float,  # slowdown of the slow pairs
     low_freq_factor: float,  # pairs with fewer turns than this are slowed in full
     high_freq_factor: float,  # pairs with more turns than this are left alone
     original_max_position_embeddings: int,  # trained length, in which turns are counted
-) -> tuple[torch.Tensor, float]:  # (rotary_dim/2,) frequencies, and the factor on cos and sin
+) -> tuple[torch.Tensor, float]:
     """Llama 3.1: slow pairs slowed, fast pairs kept, a linear blend between (Llama 3.1 reference code)."""
     if high_freq_factor <= low_freq_factor:
         raise ValueError(f"high_freq_factor={high_freq_factor} must be above low_freq_factor={low_freq_factor}")
@@ -189,80 +142,48 @@ def scale_llama3(
     keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
     return (1 - keep) * inv_freq / factor + keep * inv_freq, 1.0
 
-
-ROPE_SCALINGS["llama3"] = scale_llama3
-
 # %% ../nbs/01_rope.ipynb #5c007878
-def _yarn_keep(rotary_dim: int, theta: float, trained: int, beta_fast: float, beta_slow: float, truncate: bool):
+def _yarn_keep(rotary_dim: int, theta: float, trained: int, betas: tuple[float, float], truncate: bool):
     """(rotary_dim/2,) 1 where a pair keeps its speed, 0 where it is slowed in full, a ramp between."""
-    ends = [
-        rotary_dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
-        for turns in (beta_fast, beta_slow)
-    ]
+    first, last = (rotary_dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in betas)
     if truncate:
-        ends = [math.floor(ends[0]), math.ceil(ends[1])]
-    first, last = max(ends[0], 0), min(ends[1], rotary_dim - 1)
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rotary_dim - 1)
     width = last - first or 0.001  # one pair wide: a step
     return 1 - ((torch.arange(rotary_dim // 2, dtype=torch.float32) - first) / width).clamp(0, 1)
 
 
-def _yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
-    """Factor on cos and sin that sharpens attention over longer texts: 0.1 ln(factor) + 1."""
-
-    def magnitude(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0
-
-    if mscale and mscale_all_dim:
-        return magnitude(mscale) / magnitude(mscale_all_dim)
-    return magnitude(1.0)
-
-# %% ../nbs/01_rope.ipynb #57eeb993
 def scale_yarn(
-    rotary_dim: int,  # number of dimensions that are rotated
-    theta: float,  # base
-    length: int,  # unused: the same for every length
+    rotary_dim: int,
+    theta: float,
+    length: int,
     *,
     factor: float,  # new length / trained length
     original_max_position_embeddings: int,  # trained length, in which turns are counted
     beta_fast: float = 32.0,  # pairs with more turns are left alone
     beta_slow: float = 1.0,  # pairs with fewer turns are slowed in full
-    attention_factor: float | None = None,  # factor on cos and sin; None: computed from the next two and `factor`
+    attention_factor: float | None = None,  # factor on cos and sin; None: 0.1 ln(factor) + 1, if not for the next two
     mscale: float | None = None,  # DeepSeek: weight of ln(factor) above the line
     mscale_all_dim: float | None = None,  # DeepSeek: weight of ln(factor) below the line
     truncate: bool = True,  # round the ends of the ramp to whole pairs
-) -> tuple[torch.Tensor, float]:  # (rotary_dim/2,) frequencies, and the factor on cos and sin
+) -> tuple[torch.Tensor, float]:
     """YaRN: slow pairs slowed, fast pairs kept, sharper attention (Peng et al. 2023)."""
     if beta_fast < beta_slow:
         raise ValueError(f"beta_fast={beta_fast} must not be below beta_slow={beta_slow}")
-    inv_freq = rope_frequencies(rotary_dim, theta)
-    keep = _yarn_keep(rotary_dim, theta, original_max_position_embeddings, beta_fast, beta_slow, truncate)
     if attention_factor is None:
-        attention_factor = _yarn_attention_factor(factor, mscale, mscale_all_dim)
+        above, below = (mscale, mscale_all_dim) if mscale and mscale_all_dim else (1.0, 0.0)
+        attention_factor = (0.1 * above * math.log(factor) + 1.0) / (0.1 * below * math.log(factor) + 1.0)
+    inv_freq = rope_frequencies(rotary_dim, theta)
+    keep = _yarn_keep(rotary_dim, theta, original_max_position_embeddings, (beta_fast, beta_slow), truncate)
     return inv_freq / factor * (1 - keep) + inv_freq * keep, attention_factor
 
 
-ROPE_SCALINGS["yarn"] = scale_yarn
+ROPE_SCALINGS |= {"llama3": scale_llama3, "yarn": scale_yarn}
 
 # %% ../nbs/01_rope.ipynb #8a5e5609
-def _regroup_rows(weight: torch.Tensor, head_dim: int, sizes: tuple[int, int]) -> torch.Tensor:
-    """Split the rows of each head into a grid of `sizes` and read the grid by columns."""
-    if head_dim % 2 or weight.shape[0] % head_dim:
-        rows = weight.shape[0]
-        raise ValueError(f"weight has {rows} rows, head_dim is {head_dim}: need an even head_dim and whole heads")
-    return weight.unflatten(0, (-1, *sizes)).transpose(1, 2).flatten(0, 2)
-
-
 def interleaved_to_half(
     weight: torch.Tensor,  # (heads * head_dim, ...) weight or bias of q_proj or k_proj, or the rotated rows of it
-    head_dim: int,  # d, rows per head
+    head_dim: int,  # d, rows per head; even
 ) -> torch.Tensor:  # same shape, rows reordered
     """Convert a projection made for neighbouring pairs (GPT-J, DeepSeek) to the half-split layout."""
-    return _regroup_rows(weight, head_dim, (head_dim // 2, 2))
-
-
-def half_to_interleaved(
-    weight: torch.Tensor,  # (heads * head_dim, ...) weight or bias of q_proj or k_proj, or the rotated rows of it
-    head_dim: int,  # d, rows per head
-) -> torch.Tensor:  # same shape, rows reordered
-    """Inverse of `interleaved_to_half`."""
-    return _regroup_rows(weight, head_dim, (2, head_dim // 2))
+    return weight.unflatten(0, (len(weight) // head_dim, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)

@@ -1,0 +1,51 @@
+"""The benchmarks run, on a tiny model, and stop if the two libraries do not do the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def run(script: str, flags: str, out: Path) -> tuple[str, dict]:
+    """What the script prints and what it writes."""
+    command = [sys.executable, str(BENCHMARKS / script), *flags.split(), "--shapes", "tiny", "--out", str(out)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(out.read_text("utf-8"))
+
+
+def test_train_step(tmp_path):
+    table, figures = run("train_step.py", "--modes fp32 bf16 --repeats 1 --warmup 1", tmp_path / "step.json")
+    assert all(words in table for words in ("tinylm tokens/s", "transformers GFLOP/s", "best of each"))
+    modes = figures["shapes"]["tiny"]["modes"]
+    assert list(modes) == ["fp32", "bf16"]
+    for mode in modes.values():
+        assert mode["ratio"] == pytest.approx(mode["tinylm"] / mode["transformers"])
+        assert 0 < mode["tinylm"] * mode["flops_per_token"] < 2 * mode["peak"]
+
+
+def test_decode(tmp_path):
+    flags = "--batch-sizes 1 3 --prompt-tokens 5 --new-tokens 8 --repeats 1"
+    table, figures = run("decode.py", flags, tmp_path / "decode.json")
+    assert "transformers tokens/s" in table
+    assert [row["batch_size"] for row in figures["figures"]] == [1, 3]
+    assert all(row["ratio"] > 0 for row in figures["figures"])
+
+
+def test_different_work_is_not_compared(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import decode
+    import train_step
+
+    with pytest.raises(SystemExit, match="the losses are"):
+        train_step.check_same_loss({"tinylm": lambda: 4.0, "transformers": lambda: 4.1}, "bf16")
+    monkeypatch.setattr(decode, "their_tokens", lambda model, prompts, new_tokens: [[0] * new_tokens])
+    with pytest.raises(SystemExit, match="the tokens differ"):
+        decode.measure(decode.SHAPES["tiny"][0], 1, decode.Options(prompt_tokens=5, new_tokens=8))
