@@ -78,13 +78,12 @@ class Muon(torch.optim.Muon):
                     p.add_(o, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 # %% ../nbs/11_pretrain.ipynb #aeb5a7c0
-# How fp32 matrices are multiplied, and autocast; "auto" stands for one of the others: see `choose_precision`.
-PRECISIONS: dict[str, tuple[str, torch.dtype | None]] = {"auto": ("highest", None), "fp32": ("highest", None)}
+PRECISIONS: dict[str, tuple] = {"auto": ("highest", None), "fp32": ("highest", None)}  # fp32 products, autocast
 PRECISIONS |= {"bf16_matmul": ("medium", None), "bf16": ("highest", torch.bfloat16)}
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """What "auto" means on a device: bfloat16 where there are units for it."""
+    """What "auto" stands for on a device: bfloat16 where there are units for it."""
     return name if name != "auto" else "bf16" if muon_dtype(device) == torch.bfloat16 else "bf16_matmul"
 
 
@@ -187,8 +186,7 @@ class TrainConfig:
     tracker: str = "none"  # "tensorboard", "wandb" or "trackio", besides metrics.jsonl
 
     def __post_init__(self) -> None:
-        tables: dict[str, dict] = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
-        tables |= {"precision": PRECISIONS, "tracker": TRACKERS}
+        tables: dict = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "precision": PRECISIONS, "tracker": TRACKERS}
         counts = ("max_steps", "batch_size", "grad_accum_steps", "num_threads", "log_interval", "keep_checkpoints")
         ranges = dict.fromkeys(counts, (1, math.inf)) | {"decay_fraction": (0.01, 1), "min_lr_ratio": (0, 1)}
         for name, value in vars(self).items():
@@ -351,7 +349,8 @@ class Checkpointed(Engine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.logs, tracker = [self.out / "metrics.jsonl", self.out / "samples.txt"], self.config.tracker
+        self.out, tracker = Path(self.out), self.config.tracker
+        self.logs = [self.out / "metrics.jsonl", self.out / "samples.txt"]
         if tracker in ("tensorboard", "wandb", "trackio") and util.find_spec(tracker) is None:
             raise ValueError(f"train.tracker={tracker!r} is not installed; pip install {tracker}")
 
@@ -439,7 +438,7 @@ class Trainer(Checkpointed):
             self.save_checkpoint()
         if self.rank == 0:
             self.track = TRACKERS[config.tracker](self.out, self.identity | asdict(config))
-        quiet = {"disable": True} if self.rank else {}
+        quiet = {"disable": True} if self.rank else {}  # else an environment variable may say so
         bar = tqdm(total=config.max_steps, initial=p.step, unit=" steps", **quiet)
         with matmul_precision(self.precision), bar:
             while p.step < config.max_steps and not 0 < config.patience <= p.since_best:
@@ -466,9 +465,8 @@ class Trainer(Checkpointed):
             bar.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tokens/s")
             rate = config.learning_rate * lr_factor(p.step - 1, config)
             self.log(loss=mean, grad_norm=norm, lr=rate, tokens_per_second=round(speed, 1))
-        acts: dict[str, Callable] = {"eval": self.validate, "sample": self.show, "checkpoint": self.save_checkpoint}
-        for name, act in acts.items():
-            interval = getattr(config, f"{name}_interval")
+        due: list[tuple[int, Callable]] = [(config.eval_interval, self.validate), (config.sample_interval, self.show)]
+        for interval, act in [*due, (config.checkpoint_interval, self.save_checkpoint)]:
             if interval and p.step % interval == 0 and p.step < config.max_steps:
                 act()
 
@@ -478,9 +476,10 @@ class Trainer(Checkpointed):
         if math.isfinite(loss + norm) and not 0 < config.spike_factor * p.usual_loss < loss:
             return
         what = f"the loss is {loss:.4g} (usually {p.usual_loss:.4g}), the length of the gradient {norm:.4g}"
-        rate = f"learning_rate={config.learning_rate * lr_factor(p.step, config):.3g} ({config.optimizer})"
+        rate, muon = (r * lr_factor(p.step, config) for r in (config.learning_rate, config.muon_learning_rate))
         remedy = "--resume from the checkpoint before, with lower rates, more warmup_steps or a smaller grad_clip"
-        raise TrainingDiverged(f"stopped at step {p.step + 1}: {what}, at {rate}; {remedy}")
+        rates = f"learning_rate={rate:.3g} and muon_learning_rate={muon:.3g}"
+        raise TrainingDiverged(f"stopped at step {p.step + 1}: {what}, at {rates}; {remedy}")
 
     def log(self, **numbers: float) -> None:
         """Add a line to metrics.jsonl, and tell the tracker."""
@@ -513,14 +512,12 @@ class Trainer(Checkpointed):
         if self.rank == 0:
             plot_loss(self.out, self.floor).savefig(self.out / "loss.png", dpi=150)
         if self.rank == 0 and self.tokenizer:
-            prompt, how = (
-                self.config.sample_prompt,
-                SamplingConfig(self.config.sample_tokens, min_p=0.02, seed=self.progress.step),
-            )
+            step, prompt = self.progress.step, self.config.sample_prompt
+            how = SamplingConfig(self.config.sample_tokens, min_p=0.02, seed=step)
             text = prompt + generate_text(self.model, self.tokenizer, [prompt], how)[0]
             with open(self.logs[1], "a", encoding="utf-8") as file:
-                file.write(f"--- step {self.progress.step}\n{text}\n")
-            tqdm.write(f"step {self.progress.step}: {text}")
+                file.write(f"--- step {step}\n{text}\n")
+            tqdm.write(f"step {step}: {text}")
 
     def finish(self) -> None:
         """With patience go back to the best weights; then a last validation, and all goes to the top of the folder."""
@@ -549,11 +546,11 @@ class PretrainConfig:
 
 def check_run(out: Path, resume: bool, overwrite: bool) -> None:
     """Raise if something is in the way that must not be touched; a run may be, with `resume` or `overwrite`."""
-    if out.exists() and (not out.is_dir() or [p for p in out.iterdir() if not p.name.startswith(".")]):
-        if not (resume or overwrite):
-            raise ValueError(f"out={str(out)!r} already exists; use --resume, --overwrite or another --out")
-        if not (out / "config.yaml").exists():
-            raise ValueError(f"out={str(out)!r} is no run (it has no config.yaml); use another --out")
+    taken = out.exists() and (not out.is_dir() or [p for p in out.iterdir() if not p.name.startswith(".")])
+    if taken and not (resume or overwrite):
+        raise ValueError(f"out={str(out)!r} already exists; use --resume, --overwrite or another --out")
+    if taken and not (out / "config.yaml").exists():
+        raise ValueError(f"out={str(out)!r} is no run (it has no config.yaml); use another --out")
 
 
 def save_config(out: Path, config: Any) -> None:
