@@ -416,6 +416,8 @@ def plot_loss(out: Path, floor: float | None = None) -> Any:  # a matplotlib fig
     if floor is not None:
         axes.axhline(floor, color="black", linestyle="--", linewidth=1, label=f"floor {floor:.3f}")
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", yscale="log")
+    lowest, highest = axes.get_ylim()
+    axes.set_ylim(top=min(highest, 12 * lowest))  # an untrained model may begin far above
     axes.xaxis.set(major_formatter="{x:,.0f}")
     axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
     axes.legend(loc="upper right")
