@@ -9,6 +9,7 @@ __all__ = ['ZERO_ALLOWED', 'FEED_FORWARDS', 'IGNORE_INDEX', 'PARTS', 'LatentConf
 
 # %% ../nbs/05_model.ipynb #acea4932
 import json
+import math
 import tempfile
 import textwrap
 from contextlib import contextmanager
@@ -19,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention
+from .attention import Attention, MLAttention
 from .attention import attention_mask as make_mask
 from .feedforward import MLP, RMSNorm, SwiGLU
+from .moe import MoE, Router, moe_losses
 from .rope import precompute_rope
 
 # %% ../nbs/05_model.ipynb #4628c698
@@ -31,9 +33,9 @@ class LatentConfig:
 
     kv_lora_rank: int | None = None  # size of the latent that stands for keys and values; None: no latent attention
     q_lora_rank: int | None = None  # the same for queries; None: not compressed
-    qk_nope_head_dim: int | None = None  # part of a query and key head that is not rotated
-    qk_rope_head_dim: int | None = None  # part that is rotated, shared by all key heads
-    v_head_dim: int | None = None  # size of a value head
+    qk_nope_head_dim: int | None = None  # part of a query and key head that is not rotated; None: head_dim
+    qk_rope_head_dim: int | None = None  # part that is rotated, shared by all key heads; None: half of head_dim
+    v_head_dim: int | None = None  # size of a value head; None: head_dim
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class ExpertConfig:
     topk_group: int = 1  # ... so many are open to a token
     routed_scaling_factor: float = 1.0  # sigmoid: multiplies the chosen weights
     router_aux_loss_coef: float = 0.0  # weight of the load-balancing loss
+    seq_aux: bool = False  # that loss is taken of each sequence, not of the batch
     router_z_loss_coef: float = 0.0  # weight of the loss that keeps the router's scores small
     router_jitter_noise: float = 0.0  # the router reads its input times 1 +- so much in training
     bias_update_speed: float = 0.0  # sigmoid: step of the selection bias towards experts with too little to do
@@ -101,12 +104,10 @@ class ModelConfig(ExpertConfig, LatentConfig):
             "num_key_value_heads": (H % sizes["num_key_value_heads"] == 0, f"make it divide num_attention_heads={H}"),
             "attention_dropout": (0 <= self.attention_dropout < 1, "use 0 or more and less than 1"),
             "no_rope_layers": (set(self.no_rope_layers) <= set(range(L)), f"there are layers 0 to {L - 1}"),
+            "qk_norm_full": (self.qk_norm or not self.qk_norm_full, "it needs qk_norm=True"),
             "hidden_act": (self.hidden_act in FEED_FORWARDS, f"use one of {', '.join(FEED_FORWARDS)}"),
             "first_k_dense_replace": (self.first_k_dense_replace <= L, f"there are {L} layers"),
         }
-        if self.kv_lora_rank:
-            parts = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-            rules |= {name: (getattr(self, name), "latent attention needs this size") for name in parts}
         for name, (valid, remedy) in rules.items():
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)}: {remedy}")
@@ -114,21 +115,26 @@ class ModelConfig(ExpertConfig, LatentConfig):
 
     def rope_tables(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin of notebook 01 for the part of a head that is rotated, each (length, rotary_dim)."""
-        size = self.qk_rope_head_dim if self.kv_lora_rank else self.derived()["head_dim"]
+        sizes = self.derived()
+        size = sizes.get("qk_rope_head_dim", sizes["head_dim"])
         return precompute_rope(size, length, self.rope_theta, self.rope_scaling, self.partial_rotary_factor)
 
     def cache_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """(heads, size) of what a layer keeps of a position: keys and values, or latent and shared key."""
-        if self.kv_lora_rank:
-            return (1, self.kv_lora_rank), (1, self.qk_rope_head_dim)
         sizes = self.derived()
+        if self.kv_lora_rank:
+            return (1, self.kv_lora_rank), (1, sizes["qk_rope_head_dim"])
         return ((sizes["num_key_value_heads"], sizes["head_dim"]),) * 2
 
     def derived(self) -> dict:
-        """K, d and F, which may be None: as given, or as they follow from the other sizes."""
+        """The sizes that may be None, of the parts that there are: as given, or as they follow from the others."""
         D, H = self.hidden_size, self.num_attention_heads
         usual = {"num_key_value_heads": H, "head_dim": D // H, "intermediate_size": -(-8 * D // 96) * 32}
-        return {name: getattr(self, name) or size for name, size in usual.items()}
+        sizes = {name: getattr(self, name) or size for name, size in usual.items()}
+        d, F_ = sizes["head_dim"], sizes["intermediate_size"]
+        more = {"qk_nope_head_dim": d, "qk_rope_head_dim": d // 2, "v_head_dim": d} if self.kv_lora_rank else {}
+        more |= {"moe_intermediate_size": max(1, F_ // self.num_experts_per_tok)} if self.num_experts else {}
+        return sizes | {name: getattr(self, name) or size for name, size in more.items()}
 
     def resolved(self) -> "ModelConfig":
         """A copy in which every size is a number; `model.config` is one."""
@@ -161,18 +167,36 @@ class Block(nn.Module):
 
     def make_attention(self, config: ModelConfig) -> nn.Module:
         """Override for another attention."""
-        names = ["hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
-        names += ["attention_bias", "qk_norm", "rms_norm_eps", "attention_dropout"]
+        config, names = config.resolved(), ["hidden_size", "num_attention_heads", "attention_bias", "attention_dropout"]
+        if config.kv_lora_rank:
+            names += ["kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
+            scaling = {"mscale_all_dim": 0, "factor": 1} | (config.rope_scaling or {})
+            factor = (0.1 * scaling["mscale_all_dim"] * math.log(scaling["factor"]) + 1) ** 2  # DeepSeek's YaRN
+            return MLAttention(score_factor=factor, **{name: getattr(config, name) for name in names})
+        names += ["num_key_value_heads", "head_dim", "attention_out_bias", "qk_norm", "qk_norm_full", "rms_norm_eps"]
         return Attention(**{name: getattr(config, name) for name in names})
 
     def make_mlp(self, config: ModelConfig) -> nn.Module:
         """Override for another feed-forward."""
+        if config.num_experts and self.layer_idx >= config.first_k_dense_replace:
+            names = ["num_experts", "num_experts_per_tok", "norm_topk_prob", "scoring_func", "n_group", "topk_group"]
+            names += ["routed_scaling_factor", "router_jitter_noise", "bias_update_speed"]
+            router = Router(config.hidden_size, **{name: getattr(config, name) for name in names})
+            return MoE(router, config.derived()["moe_intermediate_size"], config.n_shared_experts)
         return FEED_FORWARDS[config.hidden_act](config.hidden_size, config.derived()["intermediate_size"])
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None, cache=None):
-        """(B, T, D) to (B, T, D); cos and sin at the T positions, True where a query may look (None: causal)."""
+    def forward(
+        self,
+        x: Tensor,  # (B, T, D)
+        rope: tuple[Tensor, Tensor] | None = None,  # cos and sin at the T positions
+        mask: Tensor | None = None,  # True where a query may look; None: causal
+        cache=None,  # keys and values of what was read before
+        token_mask: Tensor | None = None,  # (B, T) True: a word, that counts in balancing experts; None: all
+    ) -> Tensor:  # (B, T, D)
+        """Attention, then the feed-forward; each adds to the stream."""
         x = x + self.self_attn(self.input_layernorm(x), rope if self.use_rope else None, mask, cache, self.layer_idx)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.post_attention_layernorm(x)
+        return x + (self.mlp(y, token_mask) if isinstance(self.mlp, MoE) else self.mlp(y))
 
 # %% ../nbs/05_model.ipynb #4701fe37
 class Decoder(nn.Module):
@@ -184,8 +208,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config = config.resolved()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = self.layers[-1].make_norm(config)
+        blocks = [block(config, i) for i in range(config.num_hidden_layers)]
+        self.layers, self.norm = nn.ModuleList(blocks), blocks[-1].make_norm(config)
         most = config.max_position_embeddings
         self.embed_positions = nn.Embedding(most, config.hidden_size) if config.learned_positions else None
         self.register_buffer("rope", torch.stack(config.rope_tables(most)), persistent=False)
@@ -198,12 +222,16 @@ class Decoder(nn.Module):
         if position_ids is None and past + T > (most := self.config.max_position_embeddings):
             raise ValueError(f"a text of {past + T} tokens does not fit max_position_embeddings={most}: shorten it")
         positions = slice(past, past + T) if position_ids is None else position_ids
-        x, rope = self.embed_tokens(input_ids), self.rope[:, positions]
+        x = self.embed_tokens(input_ids)
+        rope = self.rope[:, positions] if self.embed_positions is None else None
         if self.embed_positions is not None:
-            x, rope = x + self.embed_positions.weight[positions], None
+            x = x + self.embed_positions.weight[positions]
         mask = make_mask(T, past + T, self.config.sliding_window, document_ids, attention_mask, input_ids.device)
+        inputs = [rope, mask, cache]
+        if self.config.num_experts:  # experts are balanced over words, not over padding
+            inputs.append(attention_mask if document_ids is None else document_ids >= 0)
         for layer in self.layers:
-            x = layer(x, rope, mask, cache)
+            x = layer(x, *inputs)
         if cache is not None:
             cache.advance(T)
         return self.norm(x)
@@ -319,9 +347,12 @@ class TinyLM(nn.Module):
         return total / count.clamp(min=1)
 
     def loss_sum(self, input_ids: Tensor, labels: Tensor, **inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The summed loss in nats and the number of targets: what to add up over batches and machines."""
+        """The summed loss in nats and the number of targets; in training with the losses that balance experts."""
         x, targets = self.model(input_ids, **inputs).flatten(0, 1), shift_labels(labels).flatten()
-        return linear_cross_entropy(x, self.lm_head.weight, targets), (targets != IGNORE_INDEX).sum()
+        total, count = linear_cross_entropy(x, self.lm_head.weight, targets), (targets != IGNORE_INDEX).sum()
+        if (c := self.config).num_experts and self.training:
+            total = total + count * moe_losses(self, c.router_aux_loss_coef, c.router_z_loss_coef, c.seq_aux)
+        return total, count
 
     def token_losses(self, input_ids: Tensor, labels: Tensor, **inputs: Tensor | None) -> Tensor:
         """(B, T) nats, for evaluation: [b, t] is the surprise at token t + 1, 0 where nothing is predicted."""
@@ -414,7 +445,7 @@ def _weights(config: ModelConfig) -> list[tuple[str, Tensor, float]]:
     with torch.device("meta"):
         model = TinyLM(config)
     used = config.num_experts_per_tok / (config.num_experts or config.num_experts_per_tok)
-    rows = []
+    rows: list[tuple[str, Tensor, float]] = []
     for name, weight in model.named_parameters():
         part = next(part for place, part in PARTS.items() if place in name)
         rows.append((part, weight, used if ".experts." in name else 1.0))
@@ -433,13 +464,12 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 def flops_by_part(config: ModelConfig, seq_len: int) -> dict[str, int]:
     """Forward FLOPs per token of each kind of matrix product, in texts of this length (Kaplan et al. 2020, table 1)."""
-    weights, c = _weights(config), config.resolved()
+    weights, c, sizes = _weights(config), config, config.derived()
     work = dict.fromkeys(PARTS.values(), 0.0)
     for part, weight, used in weights:
         work[part] += 2 * weight.numel() * used * (weight.ndim > 1)  # two per weight of a matrix
-    scored, mixed = c.head_dim, c.head_dim
-    if c.kv_lora_rank:
-        scored, mixed = c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
+    scored = sizes.get("qk_nope_head_dim", sizes["head_dim"]) + sizes.get("qk_rope_head_dim", 0)
+    mixed = sizes.get("v_head_dim", sizes["head_dim"])
     return {
         "projections": round(work["attention"]),
         "attention": 2 * c.num_hidden_layers * seq_len * c.num_attention_heads * (scored + mixed),  # the whole square

@@ -38,6 +38,7 @@ from tqdm import tqdm
 from .data import Batches, DataConfig, Prepared, prepare
 from .generate import SamplingConfig, evaluation_mode, generate_text
 from .model import ModelConfig, TinyLM, flops_per_token
+from .moe import update_router_biases
 from .tokenizer import Tokenizer
 
 # %% ../nbs/11_pretrain.ipynb #c6babe36
@@ -59,23 +60,27 @@ def orthogonalize(matrices: list[torch.Tensor], dtype: torch.dtype | None = None
     return [(o.mT if m.shape[0] > m.shape[1] else o).to(m.dtype) for m, o in zip(matrices, x)]
 
 # %% ../nbs/11_pretrain.ipynb #dbdc2b3b
-class Muon(torch.optim.Muon):
+class Muon(torch.optim.Optimizer):
     """`torch.optim.Muon` that takes matrices of one shape together, in a precision that suits the device."""
+
+    def __init__(self, params: Iterable, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
-        """Update all matrices that have a gradient."""
+        """Update all matrices that have a gradient; those of experts come stacked."""
         for group in self.param_groups:
-            alike: dict[tuple, dict] = {}
+            alike: dict[tuple, list] = {}
             for p in (p for p in group["params"] if p.grad is not None):
                 average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
                 average.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(average, group["momentum"])  # Nesterov: look ahead
-                alike.setdefault(tuple(sorted(p.shape)), {})[p] = update
-            for updates in alike.values():
-                for p, o in zip(updates, orthogonalize(list(updates.values()))):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(o, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+                stacked = (x.view(-1, *p.shape[-2:]) for x in (p, update))
+                alike.setdefault(tuple(sorted(p.shape[-2:])), []).extend(zip(*stacked))
+            for pairs in alike.values():
+                for (matrix, _), o in zip(pairs, orthogonalize([update for _, update in pairs])):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                    matrix.add_(o, alpha=-group["lr"] * max(1, o.shape[0] / o.shape[1]) ** 0.5)
 
 # %% ../nbs/11_pretrain.ipynb #aeb5a7c0
 PRECISIONS: dict[str, tuple] = {"auto": ("highest", None), "fp32": ("highest", None)}  # fp32 products, autocast
@@ -209,7 +214,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     special = OPTIMIZERS[config.optimizer]
     for name, p in model.named_parameters():
         if p.requires_grad:
-            inside = special and "layers." in name and p.ndim == 2
+            inside = special and "layers." in name and p.ndim > 1
             groups["blocks" if inside else "matrices" if p.ndim > 1 else "vectors"].append(p)
     optimizers = [special(groups["blocks"], config)] if special and groups["blocks"] else []
     decays = {"matrices": config.weight_decay, "vectors": 0.0}  # Loshchilov and Hutter 2019
@@ -292,6 +297,7 @@ class Engine:
                 group["lr"] = group["peak_lr"] * lr_factor(step, self.config)
             optimizer.step()
             optimizer.zero_grad()
+        update_router_biases(self.model)
 
 # %% ../nbs/11_pretrain.ipynb #2fc5a883
 def write_folder(folder: Path, write: Callable[[Path], Any], state: dict | None = None) -> None:

@@ -12,15 +12,17 @@ IMAGES = Path(__file__).resolve().parent.parent / "nbs" / "images"
 # One line per group of stages: the group's name, then its notebooks. A new notebook is added here.
 GROUPS = [
     ("text", ["00 tokenizer"]),
-    ("the model", ["01 rope", "02 attention", "03 feedforward", "05 model"]),
+    ("the model", ["01 rope", "02 attention", "03 feedforward", "04 moe", "05 model", "06 lora"]),
     ("generation", ["07 kv_cache", "08 generate"]),
     ("data", ["09 corpus", "10 data"]),
     ("training", ["11 pretrain", "12 evaluate"]),
-    ("use", ["16 cli"]),
+    ("tuning", ["13 sft", "14 dpo"]),
+    ("use", ["15 hub", "16 cli"]),
+    ("proof", ["17 proofs", "18 experiments"]),
 ]
 STAGES = [stage for _, stages in GROUPS for stage in stages]
 
-BOX, GAP, LEFT = 58, 5, 4  # width of a box, space between two, left margin
+BOX, GAP, LEFT = 54, 4, 4  # width of a box, space between two, left margin
 WIDTH, HEIGHT = 2 * LEFT + len(STAGES) * (BOX + GAP) - GAP, 70
 DONE, HERE, AHEAD = ("#3d6f8e", "#ffffff"), ("#c2410c", "#ffffff"), ("#e4e8ec", "#37424d")  # (box, text)
 GROUP = ("#55606b", "#ffffff")
@@ -44,7 +46,7 @@ def draw_stages(here: int) -> list[str]:
         x, middle, grow = LEFT + i * (BOX + GAP), LEFT + i * (BOX + GAP) + BOX / 2, 3 if i == here else 0
         parts.append(rect(x, 5 - grow, BOX, 41 + 2 * grow, fill))
         parts.append(text(middle, 22, number, ink, 12, bold=True))
-        parts.append(text(middle, 37, name, ink, 9.5 if len(name) < 11 else 8.5))
+        parts.append(text(middle, 37, name, ink, 9 if len(name) < 10 else 8))
     return parts
 
 
