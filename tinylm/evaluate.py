@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['perplexity', 'bits_per_byte', 'distance_to_floor', 'label_nats', 'document_nats', 'rate', 'looks_like_leak',
-           'KindLoss', 'stack_documents', 'token_ends', 'loss_by_kind', 'Score', 'says', 'exact_match',
-           'multiple_choice', 'Report', 'validation_stories', 'evaluate']
+           'KindLoss', 'stack_documents', 'token_ends', 'loss_by_kind', 'Score', 'says', 'tally', 'answer_all',
+           'exact_match', 'multiple_choice', 'as_chat', 'chat_prompt', 'score_replies', 'chat', 'Report',
+           'validation_stories', 'evaluate', 'compare', 'plot_reports', 'write_reports']
 
 # %% ../nbs/12_evaluate.ipynb #6770b65b
 import json
@@ -13,6 +14,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .corpus import Question, Story, make_corpus, token_kinds, token_nats
 from .data import Batches, Prepared, TokenFile
-from .generate import SamplingConfig, evaluation_mode, generate_text
+from .generate import SamplingConfig, encode_prompt, evaluation_mode, generate_text
 from .model import TinyLM
 from .tokenizer import Tokenizer
 
@@ -143,32 +145,75 @@ def says(text: str, answer: str) -> bool:
     return re.match(rf"\s*{re.escape(answer)}(?!\w)", text) is not None
 
 
+def tally(asked: list[Question], right: list[bool]) -> dict[str, Score]:
+    """Right answers counted for "all" and for each kind of question."""
+    scores = {kind: Score(0, 0) for kind in ["all", *sorted({question.kind for question in asked})]}
+    for question, is_right in zip(asked, right, strict=True):
+        for kind in ("all", question.kind):
+            scores[kind].right += is_right
+            scores[kind].total += 1
+    return scores
+
+
+def answer_all(
+    model: TinyLM, tokenizer: Tokenizer, prompts: list, max_new_tokens: int, stop_strings=(), batch_size: int = 64
+) -> list[str]:
+    """What a model goes on with, greedily, after each prompt (a text or token ids)."""
+    encoded, texts = [encode_prompt(tokenizer, prompt) for prompt in prompts], dict[int, str]()
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    config = SamplingConfig(max_new_tokens, temperature=0)
+    for start in range(0, len(order), batch_size):
+        group = order[start : start + batch_size]
+        texts |= zip(group, generate_text(model, tokenizer, [encoded[i] for i in group], config, stop_strings))
+    return [texts[i] for i in range(len(prompts))]
+
+
 def exact_match(model: TinyLM, tokenizer: Tokenizer, asked: list[Question], batch_size: int = 64) -> dict[str, Score]:
     """How often the model goes on with the right answer, greedily: for "all" and each kind of question."""
     longest = max(len(tokenizer.encode(" " + question.answer)) for question in asked)
-    config = SamplingConfig(longest + 1, temperature=0)
-    scores = {kind: Score(0, 0) for kind in ["all", *sorted({question.kind for question in asked})]}
-    ordered = sorted(asked, key=lambda question: len(question.prompt))
-    for start in range(0, len(ordered), batch_size):
-        group = ordered[start : start + batch_size]
-        for question, text in zip(group, generate_text(model, tokenizer, [q.prompt for q in group], config)):
-            for kind in ("all", question.kind):
-                scores[kind].right += says(text, question.answer)
-                scores[kind].total += 1
-    return scores
+    prompts = [question.prompt for question in asked]
+    texts = answer_all(model, tokenizer, prompts, longest + 1, batch_size=batch_size)
+    return tally(asked, [says(text, question.answer) for question, text in zip(asked, texts)])
 
 # %% ../nbs/12_evaluate.ipynb #37d8be11
-def multiple_choice(model: TinyLM, tokenizer: Tokenizer, choices: list[tuple[str, list[str]]]) -> dict[str, Score]:
+def multiple_choice(model: TinyLM, tokenizer: Tokenizer, choices: list[tuple]) -> dict[str, Score]:
     """How often the right ending, the first in each (prompt, endings), is more likely than every other."""
     scores = {name: Score(0, len(choices)) for name in ("by probability", "by probability per byte")}
     for text, endings in choices:
-        prompt = [tokenizer.bos_token_id, *tokenizer.encode(text)]
+        prompt = encode_prompt(tokenizer, text)
         rows = [prompt + ids for ids in tokenizer.encode_batch(endings)]
         nats = label_nats(model, stack_documents(rows, skip=len(prompt))).double().sum(1).tolist()
         per_byte = [n / len(ending.encode()) for n, ending in zip(nats, endings)]
         for score, (right, *others) in zip(scores.values(), (nats, per_byte)):
             score.right += right < min(others)
     return scores
+
+# %% ../nbs/12_evaluate.ipynb #c586bb9f
+def as_chat(question: Question) -> tuple[str, str, str]:
+    """What the user says, story first; the sentence that is the right answer, and one that is wrong."""
+    asked, mark, begun = question.prompt.rpartition("?")
+    right, wrong = (f"{begun} {word}.".strip() for word in (question.answer, question.wrong))
+    return asked + mark, right, wrong
+
+
+def chat_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a chat in which the user has said this and the assistant is to speak."""
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+
+
+def score_replies(asked: list[Question], replies: list[str]) -> dict[str, Score]:
+    """How many replies begin with the right sentence: for "all" and each kind of question."""
+    return tally(asked, [says(reply, as_chat(question)[1]) for question, reply in zip(asked, replies)])
+
+
+def chat(model: TinyLM, tokenizer: Tokenizer, asked: list[Question]) -> tuple[dict[str, Score], float]:
+    """`score_replies` and the share of right sentences preferred to wrong ones; the mean number of words in a reply."""
+    said, right, wrong = zip(*map(as_chat, asked))
+    prompts = [chat_prompt(tokenizer, text) for text in said]
+    replies = answer_all(model, tokenizer, prompts, 32, ["<|im_end|>"])
+    pairs = [(prompt, list(answers)) for prompt, *answers in zip(prompts, right, wrong)]
+    preferred = {"prefers the right answer": multiple_choice(model, tokenizer, pairs)["by probability"]}
+    return score_replies(asked, replies) | preferred, sum(len(text.split()) for text in replies) / len(replies)
 
 # %% ../nbs/12_evaluate.ipynb #5f6488ae
 @dataclass
@@ -187,6 +232,8 @@ class Report:
     kinds: list[KindLoss] = field(default_factory=list)
     exact_match: dict[str, Score] = field(default_factory=dict)  # by kind of question
     choices: dict[str, Score] = field(default_factory=dict)  # right against wrong answer
+    chat: dict[str, Score] = field(default_factory=dict)  # questions asked as a chat; empty: not asked
+    reply_words: float | None = None  # mean length of the replies
 
     def rows(self) -> list[tuple[str, str]]:
         """Name and value of each line of the table."""
@@ -201,7 +248,9 @@ class Report:
         rows += [("perplexity", f"{perplexity(self.loss):.3f}"), ("bits per byte", f"{self.bits_per_byte:.4f}")]
         rows += [(f"loss on {k.kind} tokens", f"{k.loss:.4f}, floor {k.floor:.4f}") for k in self.kinds]
         rows += [(f"answers, {kind}", str(score)) for kind, score in self.exact_match.items()]
-        return rows + [(f"right or wrong, {name}", str(score)) for name, score in self.choices.items()]
+        rows += [(f"right or wrong, {name}", str(score)) for name, score in self.choices.items()]
+        rows += [(f"as a chat, {kind}", str(score)) for kind, score in self.chat.items()]
+        return rows + ([] if self.reply_words is None else [("words in a reply", f"{self.reply_words:.1f}")])
 
     def __str__(self) -> str:
         title = f"{self.data}: {self.documents:,} documents, {self.targets:,} tokens"
@@ -232,6 +281,7 @@ def evaluate(
     seq_len: int,  # tokens in a row, as in training
     kind_stories: int = 40,  # stories for the loss by kind of token
     question_stories: int = 100,  # stories whose questions are asked
+    as_chats: bool = True,  # ask them as chats, too
 ) -> Report:
     """Measure a model on validation data; stories of the program also on kinds of tokens and questions."""
     nats, targets = document_nats(model, prepared.validation, seq_len)
@@ -247,4 +297,43 @@ def evaluate(
         report.exact_match = exact_match(model, prepared.tokenizer, asked)
         choices = [(q.prompt, [" " + q.answer, " " + q.wrong]) for q in asked]
         report.choices = multiple_choice(model, prepared.tokenizer, choices)
+        if as_chats:
+            report.chat, report.reply_words = chat(model, prepared.tokenizer, asked)
     return report
+
+# %% ../nbs/12_evaluate.ipynb #ad93367d
+def compare(reports: dict[str, Report]) -> str:
+    """A Markdown table of reports by name: a column for each model, a row for each number."""
+    columns = {name: dict(report.rows()) for name, report in reports.items()}
+    titles = list(dict.fromkeys(title for column in columns.values() for title in column))
+    rows = [["", *columns], ["---"] * (len(columns) + 1)]
+    rows += [[title, *(column.get(title, "") for column in columns.values())] for title in titles]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def plot_reports(reports: dict[str, Report]):  # a matplotlib figure
+    """Right answers by kind of question, in a text and as a chat, with 95% intervals."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.5), sharey=True, layout="constrained")
+    for axes, part, title in zip(panels, ("exact_match", "chat"), ("asked in a story", "asked as a chat")):
+        for i, (name, report) in enumerate(reports.items()):
+            scores = getattr(report, part).values()
+            low, high = ([abs(s.share - s.interval()[end]) for s in scores] for end in (0, 1))
+            places = [x + 0.8 * (i - (len(reports) - 1) / 2) / len(reports) for x in range(len(scores))]
+            shares = [score.share for score in scores]
+            axes.bar(places, shares, 0.8 / len(reports), yerr=[low, high], capsize=2, label=name)
+        names = max((list(getattr(report, part)) for report in reports.values()), key=len)
+        axes.set_xticks(range(len(names)), [name.replace("prefers the right", "prefers\nright") for name in names])
+        axes.set(title=title, ylim=(0, 1), ylabel="share of right answers")
+    panels[0].legend()
+    return figure
+
+
+def write_reports(reports: dict[str, Report], folder: str | Path) -> None:
+    """Leave report.md, report.json and report.png in a folder."""
+    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
+    (folder / "report.md").write_text(compare(reports) + "\n", "utf-8")
+    parts = {name: json.loads(report.to_json()) for name, report in reports.items()}
+    (folder / "report.json").write_text(json.dumps(parts, indent=2) + "\n", "utf-8")
+    plot_reports(reports).savefig(folder / "report.png", dpi=120)
