@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'recipe_names', 'nearest', 'build', 'read_recipe', 'parse_flags', 'take_flag', 'find_run', 'open_model',
-           'table', 'run_pretrain', 'run_generate', 'run_evaluate', 'describe', 'run_info', 'main']
+           'pretrained_by', 'table', 'run_pretrain', 'run_generate', 'run_evaluate', 'describe', 'run_info', 'tune',
+           'run_sft', 'run_dpo', 'Chat', 'run_chat', 'run_export', 'run_speedrun', 'main']
 
 # %% ../nbs/16_cli.ipynb #1110abc8
 import argparse
@@ -15,10 +16,12 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass, is_dataclass, replace
+from functools import partial
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -61,8 +64,8 @@ def build(kind: Any, values: dict, where: str = "") -> Any:
     return kind(**given)
 
 # %% ../nbs/16_cli.ipynb #76203b08
-def read_recipe(name: str) -> Any:
-    """The PretrainConfig that a recipe describes: one of the package, or a file that ends in .yaml."""
+def read_recipe(name: str, kind: Any = None) -> Any:
+    """The config, of pretraining or another `kind`, of a recipe of the package or a file that ends in .yaml."""
     from tinylm.pretrain import PretrainConfig
 
     path: Any = Path(name).expanduser()
@@ -78,7 +81,7 @@ def read_recipe(name: str) -> Any:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no fields; write lines such as `out: runs/mine`")
-    return build(PretrainConfig, values)
+    return build(kind or PretrainConfig, values)
 
 # %% ../nbs/16_cli.ipynb #967cc7de
 def _one_line(text: str) -> str:
@@ -125,9 +128,9 @@ def take_flag(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
 
 # %% ../nbs/16_cli.ipynb #ec4ca4d6
 def find_run(run: str | None) -> Path:
-    """The folder of a run, or of any Llama, Qwen3 or Mistral checkpoint."""
+    """The folder of a run, or a checkpoint."""
     folder = Path(run or "runs/default")
-    if not folder.is_dir():
+    if not folder.exists():
         raise ValueError(f"run='{folder}' does not exist; `tinylm pretrain --out {folder}` makes it, or give --run")
     if (folder / "checkpoints").is_dir() and not (folder / "model.safetensors").exists():
         raise ValueError(f"run='{folder}' is not finished; `tinylm pretrain --out {folder} --resume` goes on")
@@ -136,11 +139,22 @@ def find_run(run: str | None) -> Path:
 
 def open_model(run: Path, device: str) -> tuple[Any, Any]:
     """The trained model, on a device (cpu, cuda or auto), and its tokenizer."""
-    from tinylm.model import TinyLM
+    from tinylm.hub import load
     from tinylm.pretrain import choose_device
-    from tinylm.tokenizer import Tokenizer
 
-    return TinyLM.from_pretrained(run).to(choose_device(device)), Tokenizer.from_pretrained(run)
+    model, tokenizer = load(run)
+    return model.to(choose_device(device)), tokenizer
+
+
+def pretrained_by(run: Path) -> Any:
+    """The recipe by which the model of a run was pretrained; for a checkpoint from elsewhere, the default."""
+    values: dict = {"run": run}
+    while "run" in values:
+        path = Path(values["run"]) / "config.yaml"
+        if not path.exists():
+            return read_recipe("default")
+        values = yaml.safe_load(path.read_text("utf-8"))
+    return read_recipe(str(path))
 
 
 def table(rows: list[tuple[str, str]]) -> str:
@@ -192,24 +206,33 @@ def run_generate(argv: list[str]) -> None:
 
 
 def run_evaluate(argv: list[str]) -> None:
-    """Measure a trained model: loss, distance to the floor, questions; --run FOLDER says which (runs/default)."""
+    """Measure models: tinylm evaluate [RUN ...]; loss, distance to the floor, questions in stories and as chats."""
     from tinylm.data import DataConfig, prepare
-    from tinylm.evaluate import evaluate
+    from tinylm.evaluate import compare, evaluate, write_reports
 
-    name, rest = take_flag(argv, "--run")
-    recipe = "default" if {"-h", "--help"} & set(rest) else f"{find_run(name)}/config.yaml"
+    names = list(takewhile(lambda word: not word.startswith("-"), argv))
+    name, rest = take_flag(argv[len(names) :], "--run")
+    asked_for_help = {"-h", "--help"} & set(rest)
+    runs = [] if asked_for_help else [find_run(run) for run in names or [name]]
 
     @dataclass
     class Flags:
         data: DataConfig
         device: str = "auto"  # cpu, cuda or auto
         json: bool = False  # print the report for machines
+        out: str = ""  # folder for report.md, report.json and report.png; "": `report` in that of the last run
 
-    flags = parse_flags(Flags(read_recipe(recipe).data), rest, run_evaluate)
-    run = find_run(name)
-    prepared = prepare(replace(flags.data, tokenizer=str(run.resolve())), validation_only=True)
-    report = evaluate(open_model(run, flags.device)[0], prepared, flags.data.seq_len)
-    print(report.to_json() if flags.json else report)
+    flags = parse_flags(Flags(pretrained_by(Path(*runs[:1])).data), rest, run_evaluate)
+    reports = {}
+    for run in runs:
+        prepared = prepare(replace(flags.data, tokenizer=str(run.resolve())), validation_only=True)
+        reports[str(run)] = evaluate(open_model(run, flags.device)[0], prepared, flags.data.seq_len)
+    write_reports(reports, out := flags.out or runs[-1] / "report")
+    alone = next(iter(reports.values())) if len(reports) == 1 else None
+    if flags.json:
+        print(alone.to_json() if alone else (Path(out) / "report.json").read_text("utf-8"))
+    else:
+        print(alone or compare(reports), f"\nreport: {out}")
 
 # %% ../nbs/16_cli.ipynb #04947249
 def describe(config: Any, seq_len: int) -> dict[str, dict[str, Any]]:
@@ -235,7 +258,7 @@ def run_info(argv: list[str]) -> None:
         raise ValueError(f"--run shows a model as it is; leave {' '.join(rest)} out, or give a --recipe instead")
     else:
         folder = find_run(run)
-        config, model = read_recipe(f"{folder}/config.yaml"), open_model(folder, "cpu")[0].config
+        config, model = pretrained_by(folder), open_model(folder, "cpu")[0].config
     sections = describe(model, config.data.seq_len)
     if "--json" in argv:
         print(json.dumps(sections, indent=2))
@@ -244,8 +267,158 @@ def run_info(argv: list[str]) -> None:
         rows = [(f"  {name}", f"{v:,}" if type(v) is int else str(v)) for name, v in values.items()]
         print(f"{title}\n{table(rows)}")
 
+# %% ../nbs/16_cli.ipynb #0b8d05dc
+def tune(argv: list[str], kind: Any, stage: Callable, command: Callable) -> None:
+    """Run a stage after pretraining, and say what it reached."""
+    from tinylm.corpus import make_corpus
+    from tinylm.evaluate import chat
+
+    recipe, rest = take_flag(argv, "--recipe")
+    config = parse_flags(read_recipe(recipe, kind) if recipe else kind(), rest, command)
+    find_run(config.run)
+    result = stage(config)
+    if int(os.environ.get("RANK", 0)):
+        return
+    weights, elapsed = list(result.model.parameters()), divmod(round(result.progress.elapsed), 60)
+    trained, total = sum(p.numel() for p in weights if p.requires_grad), sum(p.numel() for p in weights)
+    rows = [("validation loss", f"{result.validation_loss:.4f} nats per token of an answer")]
+    if config.data.path is None:
+        asked = [q for tale in make_corpus(100, 0, "heldout", details=True) for q in tale.questions]
+        scores, words = chat(result.model, result.prepared.tokenizer, asked)
+        rows += [("right replies", str(scores["all"])), ("words in a reply", f"{words:.1f}")]
+    rows += [("trained", f"{trained:,} of {total:,} parameters ({trained / total:.1%})")]
+    rows += [("time", f"{elapsed[0]} min {elapsed[1]} s, {result.progress.step:,} steps")]
+    print(table(rows))
+    print(f"curve: {result.out / 'loss.png'}\nnext:  tinylm chat --run {shlex.quote(str(result.out))}")
+
+
+def run_sft(argv: list[str]) -> None:
+    """Fine-tune a run on conversations; --lora.r N trains an adapter only."""
+    from tinylm.sft import SFTConfig, sft
+
+    tune(argv, SFTConfig, sft, run_sft)
+
+
+def run_dpo(argv: list[str]) -> None:
+    """Tune a run on preferences: answers that are better, and worse; --lora.r N trains an adapter only."""
+    from tinylm.dpo import DPOConfig, dpo
+
+    tune(argv, DPOConfig, dpo, run_dpo)
+
+# %% ../nbs/16_cli.ipynb #89d9d44e
+class Chat:
+    """A conversation with a model."""
+
+    def __init__(self, model: Any, tokenizer: Any, config: Any, system: str = ""):
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.beginning = [{"role": "system", "content": system}] if system else []
+        self.messages = list(self.beginning)
+
+    def reset(self, _: str = "") -> str:
+        """Forget the conversation."""
+        self.messages = list(self.beginning)
+        return "(forgotten)"
+
+    def save(self, file: str) -> str:
+        """Keep the conversation in a file, in the form that `tinylm sft` reads."""
+        Path(file or "chat.json").write_text(json.dumps([{"messages": self.messages}], indent=2) + "\n", "utf-8")
+        return f"(saved in {file or 'chat.json'})"
+
+    def reply(self, text: str) -> Iterator[str]:
+        """The answer to a message, piece by piece; then both are part of the conversation."""
+        from tinylm.generate import stream
+
+        asked = [*self.messages, {"role": "user", "content": text}]
+        prompt = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True)
+        how, said = replace(self.config, seed=self.config.seed + len(asked)), ""
+        for piece in stream(self.model, self.tokenizer, prompt, how, ("<|im_end|>",)):
+            said += piece
+            yield piece
+        self.messages = [*asked, {"role": "assistant", "content": said}]
+
+    def answer(self, line: str) -> Iterator[str]:
+        """What is printed after a line: of a command, or of the model; a mistake is said and changes nothing."""
+        word, _, rest = line.strip().partition(" ")
+        commands = {"/reset": self.reset, "/save": self.save}
+        try:
+            if word in commands:
+                yield commands[word](rest)
+            elif word.startswith("/"):
+                yield f"(use {', '.join(commands)} or /exit)"
+            elif word:
+                yield from self.reply(line.strip())
+        except (ValueError, OSError) as error:
+            yield f"({error}; or /reset)"
+
+
+def run_chat(argv: list[str]) -> None:
+    """Talk with a model, line by line; /reset forgets, /save FILE keeps, /exit ends."""
+    from tinylm.generate import SamplingConfig
+
+    @dataclass
+    class Flags(SamplingConfig):
+        run: str = "runs/sft"  # folder of the run, or a checkpoint
+        system: str = ""  # what the model is told before
+        device: str = "auto"  # cpu, cuda or auto
+        temperature: float = 0.0  # divides the logits; 0: always the most likely token (greedy)
+
+    flags = parse_flags(Flags(), argv, run_chat)
+    talk = Chat(*open_model(find_run(flags.run), flags.device), flags, flags.system)
+    typed = sys.stdin.isatty()
+    for line in iter(partial(input, "> "), None) if typed else sys.stdin:
+        if line.strip() == "/exit":
+            break
+        print("" if typed else f"> {line.rstrip()}\n", end="")
+        for piece in talk.answer(line):
+            print(piece, end="", flush=True)
+        print()
+
+
+def run_export(argv: list[str]) -> None:
+    """Write a run as a checkpoint that `transformers` opens with AutoModelForCausalLM."""
+    from tinylm.hub import save
+
+    @dataclass
+    class Flags:
+        run: str = "runs/default"  # folder of the run, or a checkpoint
+        out: str = "export"  # new folder
+
+    flags = parse_flags(Flags(), argv, run_export)
+    save(*open_model(find_run(flags.run), "cpu"), flags.out)
+    print(f"saved: {flags.out}")
+
+# %% ../nbs/16_cli.ipynb #963322ca
+def run_speedrun(argv: list[str]) -> None:
+    """Pretrain, fine-tune (all weights, and an adapter), tune on preferences, and measure all of them."""
+    from tinylm.dpo import DPOConfig
+
+    from tinylm.sft import SFTConfig
+
+    @dataclass
+    class Flags:
+        recipe: str = "default"  # of the pretraining
+        out: str = "runs/speedrun"  # folder of the runs
+        share: float = 1.0  # of the steps of every stage; less for a quick look
+        overwrite: bool = False  # delete the runs that are there
+
+    flags = parse_flags(Flags(), argv, run_speedrun)
+    base, chats, adapted, preferred = (f"{flags.out}/{name}" for name in ("base", "sft", "lora", "dpo"))
+    stages = [("pretrain", base, read_recipe(flags.recipe), ["--recipe", flags.recipe])]
+    stages += [("sft", chats, SFTConfig(), ["--run", base])]
+    stages += [("sft", adapted, SFTConfig(), ["--run", base, "--lora.r", "8"])]
+    stages += [("dpo", preferred, DPOConfig(), ["--run", chats])]
+    for name, out, config, words in stages:
+        words += ["--out", out, "--train.max-steps", str(max(1, round(flags.share * config.train.max_steps)))]
+        words += ["--overwrite"] * flags.overwrite
+        print(f"\n$ tinylm {shlex.join([name, *words])}", flush=True)
+        COMMANDS[name](words)
+    print(f"\n$ tinylm evaluate {shlex.join([base, chats, adapted, preferred])}", flush=True)
+    COMMANDS["evaluate"]([base, chats, adapted, preferred, "--out", f"{flags.out}/report"])
+    print(f"next:  tinylm chat --run {shlex.quote(preferred)}")
+
 # %% ../nbs/16_cli.ipynb #6afb95f9
-COMMANDS = {run.__name__[4:]: run for run in (run_pretrain, run_generate, run_evaluate, run_info)}
+_ALL = (run_pretrain, run_sft, run_dpo, run_speedrun, run_generate, run_chat, run_evaluate, run_export, run_info)
+COMMANDS = {run.__name__[4:]: run for run in _ALL}
 
 
 def main(argv: list[str] | None = None) -> int:
