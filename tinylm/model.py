@@ -433,6 +433,7 @@ def _config_from_hf(hf: dict) -> ModelConfig:
         raise ValueError(f"model_type is {family!r}: this reads {', '.join((*_FAMILIES, 'tinylm'))}")
     if len(layers := set(full.get("layer_types") or ())) > 1:
         raise ValueError(f"layer_types has {sorted(layers)}: all layers must be of one type here")
+    full = full | ({"sliding_window": None} if layers == {"full_attention"} else {})
     ours = {field.name: full[field.name] for field in fields(ModelConfig) if field.name in full}
     return ModelConfig(**{**ours, "no_rope_layers": tuple(full.get("no_rope_layers", ()))}).resolved()
 
