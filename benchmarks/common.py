@@ -20,10 +20,12 @@ LLAMA = ModelConfig(qk_norm=False, tie_word_embeddings=False)  # what LlamaForCa
 SMALL = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8, vocab_size=4096)
 LARGE = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, vocab_size=6400)
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
-Shape = Literal["256x6", "512x8", "tiny"]
+SMOL = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, vocab_size=49152)
+Shape = Literal["256x6", "512x8", "135m", "tiny"]
 SHAPES: dict[Shape, tuple[ModelConfig, int, int]] = {  # name: model, rows of a batch, tokens of a row
     "256x6": (replace(LLAMA, **SMALL), 8, 256),
     "512x8": (replace(LLAMA, **LARGE, num_key_value_heads=4), 4, 512),
+    "135m": (replace(LLAMA, **SMOL, num_key_value_heads=3, tie_word_embeddings=True), 1, 256),  # SmolLM2-135M
     "tiny": (replace(LLAMA, **TINY, num_key_value_heads=2), 2, 16),  # for the tests
 }
 

@@ -14,7 +14,7 @@ BENCHMARKS = ROOT / "benchmarks"
 
 def run(script: str, flags: str, out: Path) -> tuple[str, dict]:
     """What the script prints and what it writes."""
-    command = [sys.executable, str(BENCHMARKS / script), *flags.split(), "--shapes", "tiny", "--out", str(out)]
+    command = [sys.executable, str(BENCHMARKS / script), *flags.split(), "--out", str(out)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -22,7 +22,9 @@ def run(script: str, flags: str, out: Path) -> tuple[str, dict]:
 
 
 def test_train_step(tmp_path):
-    table, figures = run("train_step.py", "--modes fp32 bf16 --repeats 1 --warmup 1", tmp_path / "step.json")
+    table, figures = run(
+        "train_step.py", "--shapes tiny --modes fp32 bf16 --repeats 1 --warmup 1", tmp_path / "step.json"
+    )
     assert all(words in table for words in ("tinylm tokens/s", "transformers GFLOP/s", "best of each"))
     modes = figures["shapes"]["tiny"]["modes"]
     assert list(modes) == ["fp32", "bf16"]
@@ -32,11 +34,17 @@ def test_train_step(tmp_path):
 
 
 def test_decode(tmp_path):
-    flags = "--batch-sizes 1 3 --prompt-tokens 5 --new-tokens 8 --repeats 1"
+    flags = "--shapes tiny --batch-sizes 1 3 --prompt-tokens 5 --new-tokens 8 --repeats 1"
     table, figures = run("decode.py", flags, tmp_path / "decode.json")
     assert "transformers tokens/s" in table
     assert [row["batch_size"] for row in figures["figures"]] == [1, 3]
     assert all(row["ratio"] > 0 for row in figures["figures"])
+
+
+def test_moe_step(tmp_path):
+    flags = "--modes fp32 --hidden-size 32 --layers 1 --expert-size 32 --rows 2 --length 16 --repeats 1 --warmup 1"
+    table, figures = run("moe_step.py", flags, tmp_path / "moe.json")
+    assert "moe ms" in table and figures["figures"]["fp32"]["moe_over_dense"] > 0
 
 
 def test_different_work_is_not_compared(monkeypatch):
