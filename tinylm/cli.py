@@ -174,7 +174,8 @@ def run_pretrain(argv: list[str]) -> None:
     if int(os.environ.get("RANK", 0)):
         return
     keep = ("loss", "floor", "distance to the floor", "perplexity", "bits per byte", "answers, all")
-    rows = [row for row in evaluate(result.model, result.prepared, config.data.seq_len).rows() if row[0] in keep]
+    report = evaluate(result.model, result.prepared, config.data.seq_len, as_chats=False)
+    rows = [row for row in report.rows() if row[0] in keep]
     peak = measure_matmul_peak(next(result.model.parameters()).device, config.train.precision) / 1e9
     speed, (minutes, seconds) = result.flops_per_second / 1e9, divmod(round(result.progress.elapsed), 60)
     rows += [("parameters", f"{sum(p.numel() for p in result.model.parameters()):,}")]
@@ -213,12 +214,14 @@ def run_evaluate(argv: list[str]) -> None:
     names = list(takewhile(lambda word: not word.startswith("-"), argv))
     name, rest = take_flag(argv[len(names) :], "--run")
     asked_for_help = {"-h", "--help"} & set(rest)
-    runs = [] if asked_for_help else [find_run(run) for run in names or [name]]
+    given: list = names or [name]
+    runs = [] if asked_for_help else [find_run(run) for run in given]
 
     @dataclass
     class Flags:
         data: DataConfig
         device: str = "auto"  # cpu, cuda or auto
+        stories: int = 100  # stories whose questions are asked
         json: bool = False  # print the report for machines
         out: str = ""  # folder for report.md, report.json and report.png; "": `report` in that of the last run
 
@@ -226,7 +229,9 @@ def run_evaluate(argv: list[str]) -> None:
     reports = {}
     for run in runs:
         prepared = prepare(replace(flags.data, tokenizer=str(run.resolve())), validation_only=True)
-        reports[str(run)] = evaluate(open_model(run, flags.device)[0], prepared, flags.data.seq_len)
+        reports[str(run)] = evaluate(
+            open_model(run, flags.device)[0], prepared, flags.data.seq_len, question_stories=flags.stories
+        )
     write_reports(reports, out := flags.out or runs[-1] / "report")
     alone = next(iter(reports.values())) if len(reports) == 1 else None
     if flags.json:
@@ -283,7 +288,8 @@ def tune(argv: list[str], kind: Any, stage: Callable, command: Callable) -> None
     trained, total = sum(p.numel() for p in weights if p.requires_grad), sum(p.numel() for p in weights)
     rows = [("validation loss", f"{result.validation_loss:.4f} nats per token of an answer")]
     if config.data.path is None:
-        asked = [q for tale in make_corpus(100, 0, "heldout", details=True) for q in tale.questions]
+        tales = make_corpus(min(100, config.data.validation_stories), 0, "heldout", details=True)
+        asked = [question for tale in tales for question in tale.questions]
         scores, words = chat(result.model, result.prepared.tokenizer, asked)
         rows += [("right replies", str(scores["all"])), ("words in a reply", f"{words:.1f}")]
     rows += [("trained", f"{trained:,} of {total:,} parameters ({trained / total:.1%})")]
@@ -339,7 +345,7 @@ class Chat:
     def answer(self, line: str) -> Iterator[str]:
         """What is printed after a line: of a command, or of the model; a mistake is said and changes nothing."""
         word, _, rest = line.strip().partition(" ")
-        commands = {"/reset": self.reset, "/save": self.save}
+        commands: dict[str, Callable[[str], str]] = {"/reset": self.reset, "/save": self.save}
         try:
             if word in commands:
                 yield commands[word](rest)
@@ -391,7 +397,6 @@ def run_export(argv: list[str]) -> None:
 def run_speedrun(argv: list[str]) -> None:
     """Pretrain, fine-tune (all weights, and an adapter), tune on preferences, and measure all of them."""
     from tinylm.dpo import DPOConfig
-
     from tinylm.sft import SFTConfig
 
     @dataclass

@@ -190,9 +190,9 @@ def multiple_choice(model: TinyLM, tokenizer: Tokenizer, choices: list[tuple]) -
 
 # %% ../nbs/12_evaluate.ipynb #c586bb9f
 def as_chat(question: Question) -> tuple[str, str, str]:
-    """What the user says, story first; the sentence that is the right answer, and one that is wrong."""
+    """What the user says, story first; the right answer, a sentence up to the word that matters, and a wrong one."""
     asked, mark, begun = question.prompt.rpartition("?")
-    right, wrong = (f"{begun} {word}.".strip() for word in (question.answer, question.wrong))
+    right, wrong = (f"{begun} {word}".strip() for word in (question.answer, question.wrong))
     return asked + mark, right, wrong
 
 
@@ -207,7 +207,8 @@ def score_replies(asked: list[Question], replies: list[str]) -> dict[str, Score]
 
 
 def chat(model: TinyLM, tokenizer: Tokenizer, asked: list[Question]) -> tuple[dict[str, Score], float]:
-    """`score_replies` and the share of right sentences preferred to wrong ones; the mean number of words in a reply."""
+    """`score_replies` and the share of right answers preferred to wrong ones; the mean number of words in a reply."""
+    asked = [q for q in asked if '"' not in q.prompt.rpartition("?")[2]]  # what people in the story ask each other
     said, right, wrong = zip(*map(as_chat, asked))
     prompts = [chat_prompt(tokenizer, text) for text in said]
     replies = answer_all(model, tokenizer, prompts, 32, ["<|im_end|>"])

@@ -229,7 +229,8 @@ class Decoder(nn.Module):
         mask = make_mask(T, past + T, self.config.sliding_window, document_ids, attention_mask, input_ids.device)
         inputs = [rope, mask, cache]
         if self.config.num_experts:  # experts are balanced over words, not over padding
-            inputs.append(attention_mask if document_ids is None else document_ids >= 0)
+            token_mask = attention_mask if document_ids is None else document_ids >= 0
+            inputs.append(token_mask if token_mask is None else token_mask[:, -T:])
         for layer in self.layers:
             x = layer(x, *inputs)
         if cache is not None:
