@@ -66,7 +66,9 @@ def tool(name: str, *args: str) -> None:
 def test_package_is_small():
     """Code, comments and docstrings; empty lines and nbdev's marks between cells are not counted."""
     text = {path.name: path.read_text("utf-8").splitlines() for path in MODULES}
-    lines = {name: sum(bool(line.strip()) and not line.startswith("# %%") for line in rows) for name, rows in text.items()}
+    lines = {
+        name: sum(bool(line.strip()) and not line.startswith("# %%") for line in rows) for name, rows in text.items()
+    }
     assert sum(lines.values()) < MAX_PACKAGE_LINES, lines
 
 
