@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['sample', 'throw_darts', 'apply_temperature', 'apply_top_k', 'apply_top_p', 'apply_min_p', 'apply_repetition_penalty',
-           'SamplingConfig', 'process_logits', 'left_pad', 'start', 'next_logits', 'evaluation_mode', 'end_tokens',
-           'generate_steps', 'generate', 'longer_texts', 'check_counts', 'beam_search', 'keep_or_replace',
-           'next_probabilities', 'guess_ahead', 'speculative_steps', 'speculative_generate', 'packed', 'find_stop',
-           'held_back', 'TextStream', 'encode_prompt', 'stream', 'generate_text']
+           'SamplingConfig', 'process_logits', 'start', 'next_logits', 'evaluation_mode', 'end_tokens',
+           'generate_steps', 'generate', 'longer_texts', 'beam_search', 'keep_or_replace', 'speculative_steps',
+           'speculative_generate', 'packed', 'TextStream', 'encode_prompt', 'stream', 'generate_text']
 
 # %% ../nbs/08_generate.ipynb #aa1fcf0e
 import inspect
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .kv_cache import KVCache
+from .kv_cache import KVCache, SlidingCache
 from .model import TinyLM
 from .tokenizer import Tokenizer
 
@@ -29,11 +28,9 @@ def sample(logits: Tensor, uniform: Tensor) -> Tensor:
     """(B,) tokens for (B, V) logits and (B,) darts in [0, 1), by inverting the cumulative distribution."""
     possible = logits.amax(-1).isfinite()  # NaN and +inf spread to the largest; -inf is left if all are forbidden
     if not possible.all():
-        which = f"row {possible.int().argmin()} has no token to draw"
-        raise ValueError(f"{which}: its logits contain NaN or inf, or all tokens are forbidden")
-    cumulative = logits.softmax(-1).cumsum(-1)
-    cumulative = cumulative / cumulative[:, -1:]  # ends at 1 exactly, so no dart flies past the last token
-    return torch.searchsorted(cumulative, uniform[:, None], right=True).squeeze(1)
+        raise ValueError(f"row {possible.int().argmin()} has no token to draw: NaN or inf, or all are forbidden")
+    ends = logits.softmax(-1).cumsum(-1)  # divided by the last one below, so that no dart flies past it
+    return torch.searchsorted(ends / ends[:, -1:], uniform[:, None], right=True).squeeze(1)
 
 
 def throw_darts(seed: int, rows: int, count: int) -> Tensor:
@@ -51,16 +48,12 @@ def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
 
 def apply_top_k(logits: Tensor, top_k: int) -> Tensor:
     """Keep the k most likely tokens (Fan et al. 2018, section 5), and any that tie with the last; 0: all."""
-    if top_k == 0:
-        return logits
-    smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+    smallest = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1])).values[:, -1:]
     return logits.masked_fill(logits < smallest, -torch.inf)
 
 # %% ../nbs/08_generate.ipynb #ece0d6d4
 def apply_top_p(logits: Tensor, top_p: float) -> Tensor:
     """Keep the smallest set of most likely tokens with probability top_p (Holtzman et al. 2020, section 3.1)."""
-    if top_p == 1:
-        return logits
     ordered, indices = logits.sort(-1)  # ascending: the small probabilities are summed first, and precisely
     removed = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
     removed[:, -1] = False  # the most likely token always stays
@@ -69,16 +62,12 @@ def apply_top_p(logits: Tensor, top_p: float) -> Tensor:
 
 def apply_min_p(logits: Tensor, min_p: float) -> Tensor:
     """Keep tokens at least min_p times as likely as the most likely one (Nguyen et al. 2024, section 3); 0: all."""
-    if min_p == 0:
-        return logits
     probabilities = logits.softmax(-1)
     return logits.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), -torch.inf)
 
 # %% ../nbs/08_generate.ipynb #5e76d032
 def apply_repetition_penalty(logits: Tensor, previous_ids: Tensor, penalty: float) -> Tensor:
     """Make tokens among the (B, S) previous ids less likely, if penalty > 1 (Keskar et al. 2019, section 4.1)."""
-    if penalty == 1:
-        return logits
     B, V = logits.shape
     used = torch.zeros(B, V + 1, dtype=torch.bool, device=logits.device)
     used.scatter_(1, previous_ids.where(previous_ids >= 0, V), True)  # empty places go to an extra column
@@ -98,49 +87,41 @@ class SamplingConfig:
     seed: int = 0  # the same seed, prompt and settings give the same text
 
     def __post_init__(self):
-        rules = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
-            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (all tokens)"),
-            "min_p": (0 <= self.min_p <= 1, "between 0 (all tokens) and 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0; 1 changes nothing"),
-            "seed": (self.seed >= 0, "0 or more"),
-        }
-        for name, (valid, remedy) in rules.items():
-            if not valid:
-                raise ValueError(f"{name}={getattr(self, name)}: give a value {remedy}")
+        limits = {"max_new_tokens": (1, torch.inf), "temperature": (0, torch.inf), "top_k": (0, torch.inf)}
+        limits |= {"repetition_penalty": (1e-9, torch.inf), "seed": (0, torch.inf)}
+        limits |= {"top_p": (1e-9, 1), "min_p": (0, 1)}
+        for name, (least, most) in limits.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)}: give a value from {least} to {most}")
 
 
 def process_logits(logits: Tensor, previous_ids: Tensor, config: SamplingConfig) -> Tensor:
-    """All rules in the order of transformers: repetition penalty, temperature, top-k, top-p, min-p."""
-    logits = apply_repetition_penalty(logits, previous_ids, config.repetition_penalty)
-    logits = apply_top_k(apply_temperature(logits, config.temperature), config.top_k)
-    return apply_min_p(apply_top_p(logits, config.top_p), config.min_p)
+    """The rules that change something, in the order of transformers: penalty, temperature, top-k, top-p, min-p."""
+    if config.repetition_penalty != 1:
+        logits = apply_repetition_penalty(logits, previous_ids, config.repetition_penalty)
+    logits = apply_temperature(logits, config.temperature)
+    logits = apply_top_k(logits, config.top_k) if config.top_k else logits
+    logits = apply_top_p(logits, config.top_p) if config.top_p < 1 else logits
+    return apply_min_p(logits, config.min_p) if config.min_p else logits
 
 # %% ../nbs/08_generate.ipynb #0d9b96a1
-def left_pad(prompts: Sequence[list[int] | Tensor] | Tensor) -> Tensor:
-    """Stack prompts (token ids) to (B, S) so that all end in the last column; -1 in the empty places before."""
+def start(model: TinyLM, prompts: Sequence | Tensor, max_new_tokens: int, spare: int = 1) -> tuple[Tensor, KVCache]:
+    """Prompts as (B, S) tokens that end in the last column, -1 in the empty places before, and an empty cache."""
     rows = [torch.as_tensor(prompt) for prompt in prompts]
     wrong = [i for i, x in enumerate(rows) if x.dim() != 1 or len(x) == 0 or x.is_floating_point() or x.min() < 0]
     if wrong or not rows:
         what = f"prompts[{wrong[0]}]={prompts[wrong[0]]}" if wrong else "prompts is empty"
         raise ValueError(f"{what}: give lists of one token or more, such as [bos_token_id], none below 0")
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left").long()
-
-
-def start(model: TinyLM, prompts: Sequence[list[int] | Tensor] | Tensor, max_new_tokens: int) -> tuple[Tensor, KVCache]:
-    """Padded prompts and an empty cache for them and what is added; unknown and too many tokens are refused."""
-    weight, text = next(model.parameters()), left_pad(prompts)
-    S, most, V = text.shape[1], model.config.max_position_embeddings, model.config.vocab_size
-    if text.max() >= V:
-        raise ValueError(f"token id {int(text.max())}, but vocab_size={V}: use the model's own tokenizer")
-    if S + max_new_tokens > most:
+    text = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left").long()
+    weight, config, S = next(model.parameters()), model.config, text.shape[1]
+    if text.max() >= config.vocab_size:
+        raise ValueError(f"token id {int(text.max())}, but vocab_size={config.vocab_size}: use the model's tokenizer")
+    if (length := S + max_new_tokens) > (most := config.max_position_embeddings):
         given = f"the longest prompt has {S} tokens and max_new_tokens={max_new_tokens}"
         remedy = f"shorten the prompt, ask for at most {max(0, most - S)}, or stretch the model with rope_scaling"
         raise ValueError(f"{given}, but max_position_embeddings={most}: {remedy}")
-    cache = KVCache(model.config, len(text), S + max_new_tokens, weight.dtype, weight.device)
-    return text.to(weight.device), cache
+    kind: Callable = partial(SlidingCache, spare=spare) if (config.sliding_window or length) < length else KVCache
+    return text.to(weight.device), kind(config, len(text), length, weight.dtype, weight.device)
 
 
 @torch.no_grad()
@@ -168,9 +149,7 @@ def end_tokens(eos_token_id: int | Collection[int] | None) -> set[int]:
     return {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
 
 
-def generate_steps(
-    model: TinyLM, prompts, config: SamplingConfig, eos_token_id=None, process: Callable = process_logits
-) -> Iterator[list[int | None]]:
+def generate_steps(model: TinyLM, prompts, config, eos_token_id=None, process=process_logits) -> Iterator[list]:
     """`generate`, one step at a time: a new token for each row, None for finished rows, and at the end None for all."""
     text, cache = start(model, prompts, config.max_new_tokens)
     darts = throw_darts(config.seed, len(text), config.max_new_tokens).to(text.device)
@@ -208,24 +187,12 @@ def longer_texts(text: Tensor, scores: Tensor, logits: Tensor, count: int) -> tu
     return torch.cat([text[rows], tokens[:, None]], 1), scores, rows
 
 # %% ../nbs/08_generate.ipynb #90e6f18d
-def check_counts(**counts: int) -> None:
-    """Refuse counts below 1, by name."""
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}: give a whole number, 1 or more")
-
-
-@torch.no_grad()
 def beam_search(
-    model: TinyLM,
-    prompt: list[int] | Tensor,  # token ids of one prompt
-    num_beams: int,  # n, texts kept alive, and given at the end
-    max_new_tokens: int,  # most tokens to add
-    length_penalty: float = 1.0,  # score = log-probability / length ** length_penalty; above 0 helps long texts
-    eos_token_id: int | Collection[int] | None = None,  # a text is finished after one of these; None: never
+    model: TinyLM, prompt, num_beams: int, max_new_tokens: int, length_penalty: float = 1.0, eos_token_id=None
 ) -> list[tuple[list[int], float]]:  # new tokens and score of the likeliest texts, best first
-    """Search for the likeliest texts with `num_beams` beginnings at a time (Graves 2012, section 2.3)."""
-    check_counts(num_beams=num_beams, max_new_tokens=max_new_tokens)
+    """The `num_beams` likeliest texts (Graves 2012, section 2.3) by log-probability / length ** length_penalty."""
+    if num_beams < 1 or max_new_tokens < 1:
+        raise ValueError(f"num_beams={num_beams} and max_new_tokens={max_new_tokens}: give whole numbers, 1 or more")
     text, cache = start(model, [prompt], max_new_tokens)
     S, ends = text.shape[1], torch.tensor(sorted(end_tokens(eos_token_id)), dtype=torch.long, device=text.device)
     scores, finished = torch.zeros(1, device=text.device), list[tuple[list[int], float]]()
@@ -251,19 +218,18 @@ def keep_or_replace(guesses: Tensor, p: Tensor, q: Tensor, keep: Tensor, draw: T
     return [*guesses[:n].tolist(), int(sample(missing.log()[None], draw[n : n + 1]))]
 
 # %% ../nbs/08_generate.ipynb #447c0b17
-@torch.no_grad()
-def next_probabilities(model, text: Tensor, cache: KVCache, count: int, config, process: Callable) -> Tensor:
+def _next_probabilities(model, text: Tensor, cache: KVCache, count: int, config, process: Callable) -> Tensor:
     """(count, V) float64: what may follow each of the last `count` tokens of a (1, S) text, after all rules."""
     logits, S = next_logits(model, text, cache, count), text.shape[1]
     rows = [process(row[None], text[:, : S - count + 1 + i], config) for i, row in enumerate(logits)]
     return torch.cat(rows).double().softmax(-1)
 
 
-def guess_ahead(draft, text: Tensor, cache: KVCache, darts: Tensor, config, process) -> tuple[Tensor, Tensor]:
+def _guess_ahead(draft, text: Tensor, cache: KVCache, darts: Tensor, config, process) -> tuple[Tensor, Tensor]:
     """The (1, S) text with a token of the draft for each dart, and the (g, V) probabilities they were drawn from."""
     q = torch.zeros(0, draft.config.vocab_size, dtype=torch.float64, device=text.device)
     for dart in darts:
-        q = torch.cat([q, next_probabilities(draft, text, cache, 1, config, process)])
+        q = torch.cat([q, _next_probabilities(draft, text, cache, 1, config, process)])
         text = torch.cat([text, sample(q[-1:].log(), dart[None])[None]], 1)
     return text, q
 
@@ -272,18 +238,16 @@ def speculative_steps(
     model: TinyLM, draft: TinyLM, prompts, config, num_draft_tokens=4, eos_token_id=None, process=process_logits
 ) -> Iterator[list[int | None]]:
     """`speculative_generate` in the form of `generate_steps`: [token] after [token], and at the end [None]."""
-    check_counts(num_draft_tokens=num_draft_tokens)
-    (text, cache), (_, memory) = (start(each, prompts, config.max_new_tokens) for each in (model, draft))
-    if draft.config.vocab_size != (V := model.config.vocab_size) or len(text) != 1:
-        given = f"a draft with vocab_size={draft.config.vocab_size} for a model with {V}, and {len(text)} prompts"
-        raise ValueError(f"{given}: use a draft with the same tokenizer, and one prompt at a time")
+    (text, cache), (_, memory) = (start(m, prompts, config.max_new_tokens, num_draft_tokens) for m in (model, draft))
+    if draft.config.vocab_size != (V := model.config.vocab_size) or len(text) != 1 or num_draft_tokens < 1:
+        given = f"vocab_size={draft.config.vocab_size} for a model with {V}, num_draft_tokens={num_draft_tokens}"
+        raise ValueError(f"{given}, {len(text)} prompts: use a draft of the same tokenizer, 1 prompt, 1 guess or more")
     guess, keep, draw = throw_darts(config.seed, 3, config.max_new_tokens).T.double().to(text.device)
     S, ends, token = text.shape[1], end_tokens(eos_token_id), None
     with evaluation_mode(model), evaluation_mode(draft):
         while (done := text.shape[1] - S) < config.max_new_tokens and token not in ends:
-            n = min(num_draft_tokens, config.max_new_tokens - done - 1)
-            guessed, q = guess_ahead(draft, text, memory, guess[done : done + n], config, process)
-            p = next_probabilities(model, guessed, cache, n + 1, config, process)
+            guessed, q = _guess_ahead(draft, text, memory, guess[done:-1][:num_draft_tokens], config, process)
+            p = _next_probabilities(model, guessed, cache, len(q) + 1, config, process)
             tokens = keep_or_replace(guessed[0, S + done :], p, q, keep[done:], draw[done:])
             text = torch.cat([text, text.new_tensor([tokens])], 1)
             for each in (cache, memory):
@@ -297,8 +261,7 @@ def speculative_steps(
 
 def speculative_generate(model: TinyLM, draft: TinyLM, prompt, config: SamplingConfig, *how, **more) -> list[int]:
     """Continue one prompt as `generate` does, in fewer passes of the model; the rest as for `speculative_steps`."""
-    steps = speculative_steps(model, draft, [prompt], config, *how, **more)
-    return [token for (token,) in steps if token is not None]
+    return [token for (token,) in speculative_steps(model, draft, [prompt], config, *how, **more) if token is not None]
 
 # %% ../nbs/08_generate.ipynb #6f14d81b
 @contextmanager
@@ -318,15 +281,11 @@ def packed(model: nn.Module) -> Iterator[None]:
             del vars(layer)["forward"]
 
 # %% ../nbs/08_generate.ipynb #37cb3e5e
-def find_stop(text: str, stop_strings: Sequence[str]) -> int | None:
-    """Where the stop string begins that is complete first; of several that end at the same place, the longest."""
+def _certain(text: str, stop_strings: Sequence[str], last: bool = False) -> tuple[int, bool]:
+    """How many characters no later token can change; and do they end before a stop string, the one complete first?"""
     found = [(start + len(stop), start) for stop in stop_strings if (start := text.find(stop)) >= 0]
-    return min(found)[1] if found else None
-
-
-def held_back(text: str, stop_strings: Sequence[str]) -> int:
-    """How many of the last characters a later token could make part of a stop string."""
-    return max((n for stop in stop_strings for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+    begun = (n for stop in stop_strings for n in range(len(stop)) if text.endswith(stop[:n]) and not last)
+    return (min(found)[1], True) if found else (len(text) - max(begun, default=0), False)
 
 
 class TextStream:
@@ -350,10 +309,8 @@ class TextStream:
         if new.endswith("\ufffd") and not last:
             return ""
         text, self.ids = self.waiting + new, self.ids[self.known :]
-        self.known, stop = len(self.ids), find_stop(text, self.stop_strings)
-        self.done = last or stop is not None
-        cut = stop if stop is not None else len(text) - (0 if last else held_back(text, self.stop_strings))
-        self.waiting = text[cut:]
+        cut, stopped = _certain(text, self.stop_strings, last)
+        self.known, self.waiting, self.done = len(self.ids), text[cut:], last or stopped
         return text[:cut]
 
 # %% ../nbs/08_generate.ipynb #fce27350
@@ -373,21 +330,16 @@ def stream(
 ) -> Iterator[str]:  # pieces of the new text
     """Continue one prompt and yield the text as it becomes certain."""
     if not inspect.isgeneratorfunction(steps):
-        raise ValueError(
-            f"steps={steps}: only token by token can be streamed, and beam search knows none until its end"
-        )
+        raise ValueError(f"steps={steps}: they must come one by one, and beam search knows none until its end")
     text = TextStream(tokenizer, stop_strings, eos_token_id)
-    prompts = [encode_prompt(tokenizer, prompt)]
-    for (token,) in steps(model, prompts=prompts, config=config, eos_token_id=text.ends):
+    for (token,) in steps(model, prompts=[encode_prompt(tokenizer, prompt)], config=config, eos_token_id=text.ends):
         if piece := text.push(token):
             yield piece
         if text.done:
             return
 
 
-def generate_text(
-    model: TinyLM, tokenizer: Tokenizer, prompts, config: SamplingConfig, stop_strings=(), eos_token_id=None
-) -> list[str]:
+def generate_text(model: TinyLM, tokenizer: Tokenizer, prompts, config, stop_strings=(), eos_token_id=None) -> list:
     """The new text of each prompt of a batch, given as for `stream`; ends when every row has met its end."""
     streams, texts = [TextStream(tokenizer, stop_strings, eos_token_id) for _ in prompts], [""] * len(prompts)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .generate import SamplingConfig
-from .model import Block, ExpertConfig, ModelConfig, TinyLM, _one_line
+from .model import Block, ModelConfig, TinyLM, _one_line
 from .tokenizer import Tokenizer
 
 # %% ../nbs/15_hub.ipynb #6e19721b

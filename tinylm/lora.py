@@ -8,9 +8,7 @@ __all__ = ['LoraConfig', 'LoRAUpdate', 'LoRA', 'LoRALinear', 'set_adapter', 'add
 
 # %% ../nbs/06_lora.ipynb #c73a7944
 import json
-import math
 import re
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -38,41 +36,36 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         more = self.use_dora or self.lora_dropout or self.init_lora_weights == "pissa"
-        rules = {
-            "r": (self.r >= 1, "use 1 or more"),
-            "lora_alpha": (self.lora_alpha > 0, "use a number above 0"),
-            "lora_dropout": (0 <= self.lora_dropout < 1, "use 0 or more and less than 1"),
-            "init_lora_weights": (self.init_lora_weights in (True, "pissa"), 'use true or "pissa"'),
-            "target_parameters": (not (more and self.target_parameters), "they take no dropout, DoRA or PiSSA"),
-        }
-        for name, (valid, remedy) in rules.items():
+        for name, valid, remedy in (
+            ("r", self.r >= 1, "use 1 or more"),
+            ("lora_alpha", self.lora_alpha > 0, "use a number above 0"),
+            ("lora_dropout", 0 <= self.lora_dropout < 1, "use 0 or more and less than 1"),
+            ("init_lora_weights", self.init_lora_weights in (True, "pissa"), 'use true or "pissa"'),
+            ("target_modules", self.target_modules or self.target_parameters, "name one, or a target parameter"),
+            ("target_parameters", not (more and self.target_parameters), "they take no dropout, DoRA or PiSSA"),
+        ):
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: {remedy}")
 
 # %% ../nbs/06_lora.ipynb #d6c72783
 class LoRAUpdate(nn.Module):
-    """One adapter's change of a weight (out, in), or of E packed ones (E, out, in); tensors as in files of `peft`."""
-
-    lora_magnitude_vector: Tensor  # (out,), DoRA only
-    start_A: Tensor  # PiSSA only: what A and B were at first
-    start_B: Tensor
+    """One adapter's change of a weight (out, in), or of E packed ones (E, out, in), to W + scaling * B A of each."""
 
     def __init__(self, weight: Tensor, config: LoraConfig):
         super().__init__()
         weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))  # small steps need exact weights
         r, (E, out, into) = config.r, weight.reshape(-1, *weight.shape[-2:]).shape
-        self.config, self.scaling = config, config.lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.config, self.scaling = config, config.lora_alpha / (r**0.5 if config.use_rslora else r)
         self.lora_A, self.lora_B = (nn.Parameter(weight.new_zeros(size)) for size in ((E * r, into), (out, r * E)))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # between -1 / sqrt(in) and 1 / sqrt(in)
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)  # between -1 / sqrt(in) and 1 / sqrt(in)
         if config.init_lora_weights == "pissa":
-            left, sizes, right = torch.linalg.svd(weight.float(), full_matrices=False)
+            left, sizes, right = torch.linalg.svd(weight, full_matrices=False)
             roots = (sizes[:r] / self.scaling).sqrt()
-            self.lora_A.data.copy_(roots[:, None] * right[:r])
-            self.lora_B.data.copy_(left[:, :r] * roots)
-            self.register_buffer("start_A", self.lora_A.detach().clone(), persistent=False)
-            self.register_buffer("start_B", self.lora_B.detach().clone(), persistent=False)
+            A, B = roots[:, None] * right[:r], left[:, :r] * roots
+            self.start_A, self.start_B = nn.Buffer(A, persistent=False), nn.Buffer(B, persistent=False)
+            self.lora_A.data, self.lora_B.data = A.clone(), B.clone()
         if config.use_dora:
-            self.lora_magnitude_vector = nn.Parameter(weight.norm(dim=1))
+            self.lora_magnitude_vector = nn.Parameter(weight.norm(dim=1))  # (out,)
 
     def factors(self) -> tuple[Tensor, Tensor]:  # (ranks, in), (out, ranks)
         """A and B; with PiSSA also what they were at first, to be taken off."""
@@ -81,7 +74,6 @@ class LoRAUpdate(nn.Module):
         return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], 1)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The adapted weight, written out: W + scaling * B A for each expert."""
         (A, B), E = self.factors(), weight[..., 0, 0].numel()
         update = B.unflatten(1, (-1, E)).permute(2, 0, 1) @ A.unflatten(0, (E, -1))
         changed = weight + self.scaling * update.view_as(weight)
@@ -96,41 +88,25 @@ class LoRA(nn.ModuleDict):
     active: str = ""  # the adapter that counts
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight as the active adapter wants it."""
         return self[self.active](weight) if self.active in self else weight
 
 
 class LoRALinear(nn.Linear):
     """What a linear layer is while it has adapters: two thin products beside the frozen one."""
 
-    parametrizations: Any
-
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
-        lora, weight = self.parametrizations.weight[0], self.parametrizations.weight.original
+        adapted: Any = self.get_submodule("parametrizations.weight")
+        lora, weight = adapted[0], adapted.original
+        y = nn.functional.linear(x, weight, self.bias)
         if lora.active not in lora:
-            return F.linear(x, weight, self.bias)
+            return y
         update = lora[lora.active]
-        dropped = F.dropout(x, update.config.lora_dropout, self.training)
+        x, (A, B) = nn.functional.dropout(x, update.config.lora_dropout, self.training), update.factors()
         if update.config.use_dora:  # the lengths of rows need the adapted weight anyway
-            y = F.linear(dropped, self.weight, self.bias)
-            return y if dropped is x else y + F.linear(x - dropped, weight)
-        y, (A, B) = F.linear(x, weight, self.bias), update.factors()
-        return y + (update.scaling * F.linear(F.linear(dropped.to(A.dtype), A), B)).to(y.dtype)
+            return y + x @ (self.weight - weight).T
+        return y + (update.scaling * (x.to(A.dtype) @ A.T @ B.T)).to(y.dtype)
 
 # %% ../nbs/06_lora.ipynb #2eceec41
-def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The model's own matrices, by the names that they have without adapters."""
-    named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if ".lora_" not in name]
-    return {name.replace(".parametrizations", "").removesuffix(".original"): p for name, p in named if p.ndim > 1}
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module of a parameter, and what it calls it."""
-    path, _, parameter = name.rpartition(".")
-    return model.get_submodule(path), parameter
-
-
 def _fitting(field: str, targets: tuple[str, ...] | str, names: list[str]) -> list[str]:
     """Names that fit the pattern or end in a target; a target that fits none is an error."""
     rules = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(target)}" for target in targets]
@@ -143,124 +119,112 @@ def _fitting(field: str, targets: tuple[str, ...] | str, names: list[str]) -> li
 # %% ../nbs/06_lora.ipynb #ae8caca4
 def _new_updates(model: nn.Module, config: LoraConfig) -> dict[str, LoRAUpdate]:
     """An update for each weight that the config asks for, by full name; the model stays as it is."""
-    weights = _weights(model)
-    linear = [name.removesuffix(".weight") for name in weights if isinstance(_owner(model, name)[0], nn.Linear)]
-    names = [f"{name}.weight" for name in _fitting("target_modules", config.target_modules, linear)]
+    named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if ".lora_" not in name]
+    weights = {name.replace(".parametrizations", "").removesuffix(".original"): p for name, p in named if p.ndim > 1}
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     others = [name for name in weights if name.removesuffix(".weight") not in linear]
+    names = [f"{name}.weight" for name in _fitting("target_modules", config.target_modules, linear)]
     names += _fitting("target_parameters", config.target_parameters, others)
-    if not names:
-        raise ValueError("target_modules and target_parameters are both empty: name what is to be adapted")
-    uses = Counter(id(weight) for weight in weights.values())
     for name in names:
         if config.r > (most := min(weights[name].shape[-2:])):
             raise ValueError(f"r is {config.r}: {name} is {tuple(weights[name].shape)}, use {most} or less")
-        if uses[id(weights[name])] > 1:
+        if sum(weight is weights[name] for weight in weights.values()) > 1:
             raise ValueError(f"target_modules: {name} is shared by two layers, leave it out or untie them")
     return {name: LoRAUpdate(weights[name], config).train(model.training) for name in names}
 
 # %% ../nbs/06_lora.ipynb #51c28a5c
 def _layers(model: nn.Module, name: str | None = None) -> dict[str, LoRA]:
-    """The weights with this adapter, or with any, by full name."""
+    """The adapted weights, by full name; an error if there are none, or none with this adapter."""
     layers = {path.replace(".parametrizations", "")[:-2]: m for path, m in model.named_modules() if isinstance(m, LoRA)}
-    found = {place: lora for place, lora in layers.items() if name is None or name in lora}
-    if not found:
-        known = ", ".join(sorted({known for lora in layers.values() for known in lora})) or "none"
+    known = sorted({known for lora in layers.values() for known in lora})
+    if not known or name not in (None, *known):
         raise ValueError(f"no adapter {name or ''!r}, the model has {known}: call add_lora, load_lora or unmerge_lora")
-    return found
+    return layers
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
     """Let this adapter count and train, and no other."""
-    _layers(model, name)
-    for lora in _layers(model).values():
+    for lora in _layers(model, name).values():
         lora.active = name
         for other, update in lora.items():
             update.requires_grad_(other == name)
 
 # %% ../nbs/06_lora.ipynb #9726bd90
-def _attach(module: nn.Module, parameter: str, lora: LoRA) -> None:
-    """From now on whoever reads the parameter reads it adapted."""
-    if isinstance(module, nn.Linear):
-        module.__class__ = LoRALinear
-    parametrize.register_parametrization(module, parameter, lora)
+def _in_file(updates: dict[str, LoRAUpdate]) -> dict[str, nn.Parameter]:
+    """An adapter's tensors under the names that `peft` saves them by."""
+    tensors, paths = {}, [place.rpartition(".")[0] for place in updates]
+    for i, (path, update) in enumerate(zip(paths, updates.values())):
+        inside = ".base_layer" * paths[i + 1 :].count(path)  # of two weights of one module, the last is outermost
+        for name, tensor in update.named_parameters():  # DoRA's vector has no ".weight"
+            tensors[f"base_model.model.{path}{inside}.{name}{'.weight' if tensor.ndim == 2 else ''}"] = tensor
+    return tensors
 
 
-def _install(model: nn.Module, updates: dict[str, LoRAUpdate], name: str) -> None:
-    """Freeze the model, put in the updates under this name, and make them active."""
+def _attach(model: nn.Module, place: str, lora: LoRA) -> Any:
+    """The adapters of a weight: those that it has, or else these, and whoever reads it now reads it adapted."""
+    path, _, parameter = place.rpartition(".")
+    module: Any = model.get_submodule(path)
+    if not parametrize.is_parametrized(module, parameter):
+        module.__class__ = LoRALinear if isinstance(module, nn.Linear) else type(module)
+        parametrize.register_parametrization(module, parameter, lora)
+    return module.parametrizations[parameter][0]
+
+
+def add_lora(model: nn.Module, config: LoraConfig, name="default", tensors: dict | None = None) -> list[str]:
+    """Freeze the model and add what trains from now on: a change of nothing yet, or of a file. Gives adapted names."""
     if not name.isidentifier() or any(name in m for m in model.modules() if isinstance(m, LoRA)):
         raise ValueError(f"name is {name!r}: use letters, digits and _, and a name that the model does not have yet")
+    expected = _in_file(updates := _new_updates(model, config))
+    tensors = expected if tensors is None else tensors
+    given, needed = ({(key, *tensor.shape) for key, tensor in some.items()} for some in (tensors, expected))
+    if given != needed:
+        raise ValueError(f"not for this model: missing {sorted(needed - given)}, extra {sorted(given - needed)}")
+    for key, tensor in expected.items():
+        tensor.data.copy_(tensors[key])
     model.requires_grad_(False)
     for place, update in updates.items():
-        module, parameter = _owner(model, place)
-        if not parametrize.is_parametrized(module, parameter):
-            _attach(module, parameter, LoRA())
-        module.get_submodule(f"parametrizations.{parameter}.0").add_module(name, update)
+        _attach(model, place, LoRA())[name] = update
     set_adapter(model, name)
-
-
-def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> list[str]:  # names of the adapted weights
-    """Freeze the model and give it an adapter that changes nothing yet: all that trains from now on."""
-    updates = _new_updates(model, config)
-    _install(model, updates, name)
     return list(updates)
 
 # %% ../nbs/06_lora.ipynb #5c6dd6fe
 @contextmanager
 def disable_lora(model: nn.Module) -> Iterator[None]:
     """For a while, the model as it was without adapters."""
-    layers = list(_layers(model).values())
-    name = layers[0].active
+    layers = _layers(model).values()
+    names = [vars(lora).pop("active", "") for lora in layers]  # that of the class is left, none
     try:
-        for lora in layers:
-            lora.active = ""
         yield
     finally:
-        for lora in layers:
+        for lora, name in zip(layers, names):
             lora.active = name
 
 # %% ../nbs/06_lora.ipynb #a4d23873
 def merge_lora(model: nn.Module) -> None:
     """Write the active adapter into the weights; it is a plain model then, to save or to run at full speed."""
-    layers, weights = _layers(model), _weights(model)
-    for module in model.modules():
-        vars(module).pop("unmerged", None)  # what an earlier merge could have undone
-    for place, lora in layers.items():
-        module, parameter = _owner(model, place)
-        vars(module).setdefault("unmerged", {})[parameter] = lora, weights[place].detach()
+    kept = {}
+    for place, lora in _layers(model).items():
+        path, _, parameter = place.rpartition(".")
+        module: Any = model.get_submodule(path)
+        kept[place] = lora, module.parametrizations[parameter].original.detach()
         parametrize.remove_parametrizations(module, parameter)  # the adapted weight, in memory of its own
-        if isinstance(module, nn.Linear):
-            module.__class__ = nn.Linear
+        module.__class__ = nn.Linear if isinstance(module, nn.Linear) else type(module)
+    vars(model)["unmerged"] = kept
 
 
 def unmerge_lora(model: nn.Module) -> None:
     """Undo the last `merge_lora`: the weights get their very bits back, and the adapters their places."""
-    merged = [module for module in model.modules() if "unmerged" in vars(module)]
-    if not merged or any(isinstance(module, LoRA) for module in model.modules()):
+    if "unmerged" not in vars(model) or any(isinstance(module, LoRA) for module in model.modules()):
         raise ValueError("nothing to unmerge: call merge_lora first, and neither add_lora nor load_lora after it")
-    for module in merged:
-        for parameter, (lora, base) in vars(module).pop("unmerged").items():
-            weight = module.get_parameter(parameter)
-            weight.data = base.to(weight)
-            _attach(module, parameter, lora.to(weight.device))
+    for place, (lora, base) in vars(model).pop("unmerged").items():
+        weight = model.get_parameter(place)
+        weight.data = base.to(weight)
+        _attach(model, place, lora.to(weight.device))
 
 # %% ../nbs/06_lora.ipynb #3513e538
-def _in_file(updates: dict[str, LoRAUpdate]) -> dict[str, nn.Parameter]:
-    """An adapter's tensors under the names that `peft` saves them by."""
-    tensors, depth = {}, Counter[str]()
-    for place, update in reversed(updates.items()):  # the weights of one module are nested, the last one outermost
-        path = place.rpartition(".")[0]
-        for name, tensor in update.named_parameters():
-            suffix = ".weight" if tensor.ndim == 2 else ""  # DoRA's vector has none
-            tensors[f"base_model.model.{path}{'.base_layer' * depth[path]}.{name}{suffix}"] = tensor
-        depth[path] += 1
-    return tensors
-
-# %% ../nbs/06_lora.ipynb #f3312533
 def save_lora(model: nn.Module, folder: str | Path, name: str = "default", base_model: str | None = None) -> None:
     """Write an adapter as `peft` does, with the name of the model that it is for."""
-    from safetensors.torch import save_file
-
-    updates: dict[str, Any] = {place: lora[name] for place, lora in _layers(model, name).items()}
+    updates: dict[str, Any] = {place: lora[name] for place, lora in _layers(model, name).items() if name in lora}
     config = {**asdict(next(iter(updates.values())).config), "base_model_name_or_path": base_model}
     text = json.dumps({**config, "peft_type": "LORA", "task_type": "CAUSAL_LM"}, indent=2)
     tensors = {key: tensor.detach().contiguous() for key, tensor in _in_file(updates).items()}
@@ -270,41 +234,22 @@ def save_lora(model: nn.Module, folder: str | Path, name: str = "default", base_
 
 # %% ../nbs/06_lora.ipynb #ba2bb060
 _FILES = ("adapter_model.safetensors", "adapter_config.json")
-_NOTES = {"task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"}
-_NOTES |= {"megatron_core", "qalora_group_size"}  # entries that change no number
-_USUAL = [("peft_type", "LORA"), ("bias", "none")]
-_STARTS: dict[Any, bool | str] = {True: True, False: True, "gaussian": True, "pissa": "pissa"}
+_NOTES = "task_type auto_mapping revision inference_mode peft_version megatron_core qalora_group_size".split()
+_USUAL = [("peft_type", "LORA"), ("bias", "none"), ("init_lora_weights", "gaussian")]  # as if they were not there
 
 
-def _read_lora(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor], str | None]:
-    """An adapter's config, tensors and base; refused if damaged, or if it needs what is not computed here."""
-    from safetensors.torch import load_file
-
+def load_lora(model: nn.Module, folder: str | Path, name: str = "default", base_model: str | None = None) -> None:
+    """Add an adapter of `save_lora` or `peft` and make it active; `base_model` is compared with the one it is for."""
     try:
         tensors, file = load_file(Path(folder) / _FILES[0]), json.loads((Path(folder) / _FILES[1]).read_text("utf-8"))
     except Exception as error:  # safetensors has kinds of its own
         raise ValueError(f"{folder} holds no whole adapter ({error}): save or copy it again") from error
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in file.items() if value}
-    known = {field.name for field in fields(LoraConfig)}
-    start = _STARTS.get(file.get("init_lora_weights", True))
-    other = {key: value for key, value in given.items() if key not in known | _NOTES and (key, value) not in _USUAL}
-    if other or start is None:
-        raise ValueError(f"{folder} needs what is not computed here: {other or file['init_lora_weights']}")
-    ours: dict[str, Any] = {"target_modules": (), **{key: given[key] for key in known & given.keys()}}
-    return LoraConfig(**{**ours, "init_lora_weights": start}), tensors, file.get("base_model_name_or_path")
-
-# %% ../nbs/06_lora.ipynb #807e7efb
-def load_lora(model: nn.Module, folder: str | Path, name: str = "default", base_model: str | None = None) -> None:
-    """Add an adapter of `save_lora` or `peft` and make it active; `base_model` is compared with the one it is for."""
-    config, tensors, base = _read_lora(folder)
+    base = file.pop("base_model_name_or_path", None)
     if base_model and base and base_model != base:
         raise ValueError(f"base_model is {base_model!r} but {folder} is for {base!r}: load it into that")
-    updates = _new_updates(model, config)
-    expected = _in_file(updates)
-    sizes, needed = ({(key, *tensor.shape) for key, tensor in some.items()} for some in (tensors, expected))
-    if sizes != needed:
-        missing, extra = sorted(needed - sizes), sorted(sizes - needed)
-        raise ValueError(f"{folder} is for another model: missing {missing}, extra {extra}")
-    for key, tensor in expected.items():
-        tensor.data.copy_(tensors[key])
-    _install(model, updates, name)
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in file.items()}
+    given = dict(entry for entry in given.items() if (entry[1] or entry[0] == "lora_alpha") and entry not in _USUAL)
+    ours: dict[str, Any] = {field.name: given.pop(field.name) for field in fields(LoraConfig) if field.name in given}
+    if other := {key: value for key, value in given.items() if key not in _NOTES}:
+        raise ValueError(f"{folder} needs what is not computed here: {other}")
+    add_lora(model, LoraConfig(**{"target_modules": (), **ours}), name, tensors)

@@ -39,7 +39,6 @@ from .data import Batches, DataConfig, Prepared, prepare
 from .generate import SamplingConfig, evaluation_mode, generate_text
 from .model import ModelConfig, TinyLM, flops_per_token
 from .moe import update_router_biases
-from .tokenizer import Tokenizer
 
 # %% ../nbs/11_pretrain.ipynb #c6babe36
 def muon_dtype(device: torch.device) -> torch.dtype:
@@ -122,16 +121,15 @@ def join_processes(device: torch.device) -> tuple[int, int]:  # rank, world size
     return dist.get_rank(), dist.get_world_size()
 
 
+def _scalars(writer: Any, row: dict) -> None:
+    for name in row.keys() - {"step"}:
+        writer.add_scalar(name, row[name], row["step"])
+    writer.flush()
+
+
 def _tensorboard(folder: Path, settings: dict) -> Callable[[dict], Any]:
     """Open a tracker: a function that takes the lines of metrics.jsonl."""
-    writer = import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
-
-    def track(row: dict) -> None:
-        for name in row.keys() - {"step"}:
-            writer.add_scalar(name, row[name], row["step"])
-        writer.flush()
-
-    return track
+    return partial(_scalars, import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard")))
 
 
 def _run_of(package: str, folder: Path, settings: dict) -> Callable[[dict], Any]:
@@ -202,10 +200,8 @@ class TrainConfig:
                 raise ValueError(f"train.{name}={value!r}: give a number from {low} to {high}")
 
 # %% ../nbs/11_pretrain.ipynb #6aa0efb2
-OPTIMIZERS: dict[str, Callable | None] = {  # for the matrices of the blocks; None: AdamW, as for all else
-    "muon": lambda matrices, c: Muon(matrices, c.muon_learning_rate, c.weight_decay),
-    "adamw": None,
-}
+OPTIMIZERS: dict[str, Callable | None] = {"muon": lambda x, c: Muon(x, c.muon_learning_rate, c.weight_decay)}
+OPTIMIZERS["adamw"] = None  # the matrices of the blocks get AdamW, as all else
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -214,8 +210,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     special = OPTIMIZERS[config.optimizer]
     for name, p in model.named_parameters():
         if p.requires_grad:
-            inside = special and "layers." in name and p.ndim > 1
-            groups["blocks" if inside else "matrices" if p.ndim > 1 else "vectors"].append(p)
+            inside = special and "layers." in name and "lora_" not in name  # the thin factors of LoRA are AdamW's
+            groups["vectors" if p.ndim < 2 else "blocks" if inside else "matrices"].append(p)
     optimizers = [special(groups["blocks"], config)] if special and groups["blocks"] else []
     decays = {"matrices": config.weight_decay, "vectors": 0.0}  # Loshchilov and Hutter 2019
     if rows := [{"params": groups[name], "weight_decay": decay} for name, decay in decays.items() if groups[name]]:
@@ -347,7 +343,7 @@ class Checkpointed(Engine):
     out: Path  # folder of the run
     batches: Any  # batch(step) gives this process's rows of a step
     validation: Iterable[dict] = ()  # this process's batches
-    tokenizer: Tokenizer | None = None  # for samples, and saved with the model
+    tokenizer: Any = None  # for samples, and saved with the model
     floor: float | None = None  # lowest validation loss that any model can reach
     identity: dict = field(default_factory=dict)  # what must not change when the run is resumed
     progress: Progress = field(default_factory=Progress)
@@ -422,8 +418,7 @@ def plot_loss(out: Path, floor: float | None = None) -> Any:  # a matplotlib fig
     if floor is not None:
         axes.axhline(floor, color="black", linestyle="--", linewidth=1, label=f"floor {floor:.3f}")
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", yscale="log")
-    lowest, highest = axes.get_ylim()
-    axes.set_ylim(top=min(highest, 12 * lowest))  # an untrained model may begin far above
+    axes.set_ylim(top=min(axes.get_ylim()[1], 12 * axes.get_ylim()[0]))  # an untrained model may begin far above
     axes.xaxis.set(major_formatter="{x:,.0f}")
     axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
     axes.legend(loc="upper right")
