@@ -142,7 +142,7 @@ def test_generate_is_repeatable(place, capsys):
 
 def test_evaluate_finds_the_loss_of_training(place, capsys):
     assert call("evaluate --json") == 0
-    report = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)["runs/default"]
     rows = [json.loads(line) for line in (place / "runs" / "default" / "metrics.jsonl").read_text().splitlines()]
     loss = [row["validation_loss"] for row in rows if "validation_loss" in row][-1]
     assert abs(report["loss"] - loss) < 2e-3 and not report["leak"]

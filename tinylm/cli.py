@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'recipe_names', 'nearest', 'build', 'read_recipe', 'parse_flags', 'take_flag', 'find_run', 'open_model',
-           'pretrained_by', 'table', 'run_pretrain', 'run_generate', 'run_evaluate', 'describe', 'run_info', 'tune',
-           'run_sft', 'run_dpo', 'Chat', 'run_chat', 'run_export', 'run_speedrun', 'main']
+           'pretrained_by', 'table', 'run_pretrain', 'run_generate', 'measure', 'run_evaluate', 'describe', 'run_info',
+           'tune', 'run_sft', 'run_dpo', 'Chat', 'run_chat', 'run_export', 'type_and_run', 'run_speedrun', 'main']
 
 # %% ../nbs/16_cli.ipynb #1110abc8
 import argparse
@@ -206,16 +206,22 @@ def run_generate(argv: list[str]) -> None:
     print()
 
 
+def measure(runs: list[Path], data: Any, device: str, stories: int) -> dict[str, Any]:
+    """A report for each run, all on the same data."""
+    from tinylm.data import prepare
+    from tinylm.evaluate import evaluate
+
+    reports = {}
+    for run in runs:
+        prepared = prepare(replace(data, tokenizer=str(run.resolve())), validation_only=True)
+        reports[str(run)] = evaluate(open_model(run, device)[0], prepared, data.seq_len, question_stories=stories)
+    return reports
+
+
 def run_evaluate(argv: list[str]) -> None:
     """Measure models: tinylm evaluate [RUN ...]; loss, distance to the floor, questions in stories and as chats."""
-    from tinylm.data import DataConfig, prepare
-    from tinylm.evaluate import compare, evaluate, write_reports
-
-    names = list(takewhile(lambda word: not word.startswith("-"), argv))
-    name, rest = take_flag(argv[len(names) :], "--run")
-    asked_for_help = {"-h", "--help"} & set(rest)
-    given: list = names or [name]
-    runs = [] if asked_for_help else [find_run(run) for run in given]
+    from tinylm.data import DataConfig
+    from tinylm.evaluate import compare, write_reports
 
     @dataclass
     class Flags:
@@ -225,19 +231,16 @@ def run_evaluate(argv: list[str]) -> None:
         json: bool = False  # print the report for machines
         out: str = ""  # folder for report.md, report.json and report.png; "": `report` in that of the last run
 
+    names: list = list(takewhile(lambda word: not word.startswith("-"), argv))
+    name, rest = take_flag(argv[len(names) :], "--run")
+    runs = [] if {"-h", "--help"} & set(rest) else [find_run(run) for run in names or [name]]
     flags = parse_flags(Flags(pretrained_by(Path(*runs[:1])).data), rest, run_evaluate)
-    reports = {}
-    for run in runs:
-        prepared = prepare(replace(flags.data, tokenizer=str(run.resolve())), validation_only=True)
-        reports[str(run)] = evaluate(
-            open_model(run, flags.device)[0], prepared, flags.data.seq_len, question_stories=flags.stories
-        )
-    write_reports(reports, out := flags.out or runs[-1] / "report")
-    alone = next(iter(reports.values())) if len(reports) == 1 else None
+    reports = measure(runs, flags.data, flags.device, flags.stories)
+    write_reports(reports, out := Path(flags.out or runs[-1] / "report"))
     if flags.json:
-        print(alone.to_json() if alone else (Path(out) / "report.json").read_text("utf-8"))
+        print((out / "report.json").read_text("utf-8"))
     else:
-        print(alone or compare(reports), f"\nreport: {out}")
+        print(compare(reports) if len(reports) > 1 else reports[str(runs[0])], f"\nreport: {out}")
 
 # %% ../nbs/16_cli.ipynb #04947249
 def describe(config: Any, seq_len: int) -> dict[str, dict[str, Any]]:
@@ -394,6 +397,12 @@ def run_export(argv: list[str]) -> None:
     print(f"saved: {flags.out}")
 
 # %% ../nbs/16_cli.ipynb #963322ca
+def type_and_run(*words: str) -> None:
+    """Print a command as one would type it, and run it."""
+    print(f"\n$ tinylm {shlex.join(words)}", flush=True)
+    COMMANDS[words[0]](list(words[1:]))
+
+
 def run_speedrun(argv: list[str]) -> None:
     """Pretrain, fine-tune (all weights, and an adapter), tune on preferences, and measure all of them."""
     from tinylm.dpo import DPOConfig
@@ -413,12 +422,10 @@ def run_speedrun(argv: list[str]) -> None:
     stages += [("sft", adapted, SFTConfig(), ["--run", base, "--lora.r", "8"])]
     stages += [("dpo", preferred, DPOConfig(), ["--run", chats])]
     for name, out, config, words in stages:
-        words += ["--out", out, "--train.max-steps", str(max(1, round(flags.share * config.train.max_steps)))]
-        words += ["--overwrite"] * flags.overwrite
-        print(f"\n$ tinylm {shlex.join([name, *words])}", flush=True)
-        COMMANDS[name](words)
-    print(f"\n$ tinylm evaluate {shlex.join([base, chats, adapted, preferred])}", flush=True)
-    COMMANDS["evaluate"]([base, chats, adapted, preferred, "--out", f"{flags.out}/report"])
+        steps = max(1, round(flags.share * config.train.max_steps))
+        words += ["--out", out, "--train.max-steps", str(steps)] + ["--overwrite"] * flags.overwrite
+        type_and_run(name, *words)
+    type_and_run("evaluate", base, chats, adapted, preferred, "--out", f"{flags.out}/report")
     print(f"next:  tinylm chat --run {shlex.quote(preferred)}")
 
 # %% ../nbs/16_cli.ipynb #6afb95f9

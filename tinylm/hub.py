@@ -348,6 +348,16 @@ def _check_saving(model: TinyLM, folder: Path, name: str) -> None:
         raise ValueError(f"model has more or fewer tensors than its config says ({min(other)}): merge adapters first")
 
 # %% ../nbs/15_hub.ipynb #e876ba02
+def _drawing(sampling: SamplingConfig | None, ids: dict) -> Any:
+    """The generation_config.json of a checkpoint."""
+    from transformers import GenerationConfig
+
+    drawn = bool(sampling and sampling.temperature)
+    kept = _SETTINGS if drawn else ("max_new_tokens", "repetition_penalty")
+    settings = {setting: getattr(sampling, setting) for setting in kept} if sampling else {}
+    return GenerationConfig(do_sample=drawn, **settings, **ids)
+
+
 def save(
     model: TinyLM,  # any that a family can express
     tokenizer: Tokenizer | None,  # travels along with its chat template; None: there is none
@@ -357,21 +367,18 @@ def save(
 ) -> None:
     """Write a checkpoint that `AutoModelForCausalLM` and `AutoTokenizer` open: all of it or nothing."""
     from safetensors.torch import save_file
-    from transformers import GenerationConfig
 
     folder, name = Path(folder), family or family_of(model.config)
     _check_saving(model, folder, name)
     ids = {token: getattr(tokenizer, token, None) for token in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    dtype, drawn = str(model.lm_head.weight.dtype).removeprefix("torch."), bool(sampling and sampling.temperature)
-    kept = _SETTINGS if drawn else ("max_new_tokens", "repetition_penalty")
-    settings = {setting: getattr(sampling, setting) for setting in kept} if sampling else {}
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
         config_to_hf(model.config, name, dtype=dtype, **ids).save_pretrained(draft)
         tensors, join = their_tensors(model, FAMILIES[name]), FAMILIES[name].join
         state = {key: torch.cat(views, join).contiguous() for key, views in tensors.items()}
         save_file(state, Path(draft) / "model.safetensors", metadata={"format": "pt"})
-        GenerationConfig(do_sample=drawn, **settings, **ids).save_pretrained(draft)
+        _drawing(sampling, ids).save_pretrained(draft)
         if tokenizer:
             tokenizer.save_pretrained(draft)
         for path in Path(draft).iterdir():
