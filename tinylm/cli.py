@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'recipe_names', 'nearest', 'build', 'read_recipe', 'parse_flags', 'take_flag', 'find_run', 'open_model',
            'pretrained_by', 'table', 'run_pretrain', 'run_generate', 'measure', 'run_evaluate', 'describe', 'run_info',
-           'tune', 'run_sft', 'run_dpo', 'Chat', 'run_chat', 'run_export', 'type_and_run', 'run_speedrun', 'main']
+           'tune', 'run_sft', 'run_dpo', 'Chat', 'run_chat', 'run_export', 'type_and_run', 'run_speedrun', 'run_sweep',
+           'main']
 
 # %% ../nbs/16_cli.ipynb #1110abc8
 import argparse
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial
+from importlib import import_module
 from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
@@ -428,9 +430,15 @@ def run_speedrun(argv: list[str]) -> None:
     type_and_run("evaluate", base, chats, adapted, preferred, "--out", f"{flags.out}/report")
     print(f"next:  tinylm chat --run {shlex.quote(preferred)}")
 
+# %% ../nbs/16_cli.ipynb #f65d98f1
+def run_sweep(argv: list[str]) -> None:
+    """Search for a better recipe; --recipe FILE.yaml says what to change."""
+    import_module("tinylm.experiments").run_sweep(argv)
+
 # %% ../nbs/16_cli.ipynb #6afb95f9
-_ALL = (run_pretrain, run_sft, run_dpo, run_speedrun, run_generate, run_chat, run_evaluate, run_export, run_info)
-COMMANDS = {run.__name__[4:]: run for run in _ALL}
+_TRAIN = (run_pretrain, run_sft, run_dpo, run_speedrun, run_sweep)
+_USE = (run_generate, run_chat, run_evaluate, run_export, run_info)
+COMMANDS = {run.__name__[4:]: run for run in (*_TRAIN, *_USE)}
 
 
 def main(argv: list[str] | None = None) -> int:
