@@ -421,7 +421,7 @@ def run_speedrun(argv: list[str]) -> None:
     base, chats, adapted, preferred = (f"{flags.out}/{name}" for name in ("base", "sft", "lora", "dpo"))
     stages = [("pretrain", base, read_recipe(flags.recipe), ["--recipe", flags.recipe])]
     stages += [("sft", chats, SFTConfig(), ["--run", base])]
-    stages += [("sft", adapted, SFTConfig(), ["--run", base, "--lora.r", "8"])]
+    stages += [("sft", adapted, SFTConfig(), ["--run", base, "--lora.r", "4"])]
     stages += [("dpo", preferred, DPOConfig(), ["--run", chats])]
     for name, out, config, words in stages:
         steps = max(1, round(flags.share * config.train.max_steps))

@@ -435,6 +435,7 @@ class Trainer(Checkpointed):
     def run(self) -> Progress:
         """Train from where the state is to the end."""
         p, config = self.progress, self.config
+        self.model.train()  # a model that was read from a folder is in evaluation mode
         self.begin = time.perf_counter() - p.elapsed
         if p.step == 0:
             torch.manual_seed(config.seed + self.rank)
