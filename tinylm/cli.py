@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'recipe_names', 'nearest', 'build', 'read_recipe', 'parse_flags', 'take_flag', 'find_run', 'open_model',
-           'pretrained_by', 'table', 'run_pretrain', 'run_generate', 'measure', 'run_evaluate', 'describe', 'run_info',
-           'tune', 'run_sft', 'run_dpo', 'Chat', 'run_chat', 'run_export', 'type_and_run', 'run_speedrun', 'run_sweep',
-           'main']
+           'pretrained_by', 'table', 'run_pretrain', 'run_generate', 'run_evaluate', 'describe', 'run_info', 'tune',
+           'run_sft', 'run_dpo', 'Chat', 'run_chat', 'run_export', 'type_and_run', 'run_speedrun', 'run_sweep', 'main']
 
 # %% ../nbs/16_cli.ipynb #1110abc8
 import argparse
@@ -20,7 +19,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass, is_dataclass, replace
-from functools import partial
 from importlib import import_module
 from importlib.resources import files
 from itertools import takewhile
@@ -77,10 +75,8 @@ def read_recipe(name: str, kind: Any = None) -> Any:
         path = files("tinylm") / "recipes" / f"{name}.yaml"
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no fields; write lines such as `out: runs/mine`")
     return build(kind or PretrainConfig, values)
@@ -120,12 +116,10 @@ def parse_flags(default: Any, argv: list[str], command: Callable) -> Any:
 
 
 def take_flag(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """The value of one flag, such as --run, and the other words."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(flag, dest="value", nargs="?", const="")
+    """The value of one flag, such as --run, and the other words; an ArgumentError if it has none."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(flag, dest="value")
     known, rest = parser.parse_known_args(argv)
-    if known.value == "":
-        raise ValueError(f"{flag} needs a value")
     return known.value, rest
 
 # %% ../nbs/16_cli.ipynb #ec4ca4d6
@@ -134,6 +128,8 @@ def find_run(run: str | None) -> Path:
     folder = Path(run or "runs/default")
     if not folder.exists():
         raise ValueError(f"run='{folder}' does not exist; `tinylm pretrain --out {folder}` makes it, or give --run")
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ValueError(f"run='{folder}' is an adapter without its base; give the run that it was trained in")
     if (folder / "checkpoints").is_dir() and not (folder / "model.safetensors").exists():
         raise ValueError(f"run='{folder}' is not finished; `tinylm pretrain --out {folder} --resume` goes on")
     return folder
@@ -150,13 +146,10 @@ def open_model(run: Path, device: str) -> tuple[Any, Any]:
 
 def pretrained_by(run: Path) -> Any:
     """The recipe by which the model of a run was pretrained; for a checkpoint from elsewhere, the default."""
-    values: dict = {"run": run}
-    while "run" in values:
-        path = Path(values["run"]) / "config.yaml"
-        if not path.exists():
-            return read_recipe("default")
-        values = yaml.safe_load(path.read_text("utf-8"))
-    return read_recipe(str(path))
+    if not (path := run / "config.yaml").exists():
+        return read_recipe("default")
+    base = yaml.safe_load(path.read_text("utf-8")).get("run")
+    return pretrained_by(Path(base)) if base else read_recipe(str(path))
 
 
 def table(rows: list[tuple[str, str]]) -> str:
@@ -168,24 +161,25 @@ def table(rows: list[tuple[str, str]]) -> str:
 def run_pretrain(argv: list[str]) -> None:
     """Train a model, and measure it; --recipe NAME or FILE.yaml gives the defaults."""
     from tinylm.evaluate import evaluate
+    from tinylm.model import flops_per_token
     from tinylm.pretrain import measure_matmul_peak, pretrain
 
     recipe, rest = take_flag(argv, "--recipe")
     config = parse_flags(read_recipe(recipe or "default"), rest, run_pretrain)
-    result = pretrain(config)
+    result, seq_len = pretrain(config), config.data.seq_len
     if int(os.environ.get("RANK", 0)):
         return
     keep = ("loss", "floor", "distance to the floor", "perplexity", "bits per byte", "answers, all")
-    report = evaluate(result.model, result.prepared, config.data.seq_len, as_chats=False)
-    rows = [row for row in report.rows() if row[0] in keep]
+    report, p = evaluate(result.model, result.prepared, seq_len, as_chats=False), result.progress
     peak = measure_matmul_peak(next(result.model.parameters()).device, config.train.precision) / 1e9
-    speed, (minutes, seconds) = result.flops_per_second / 1e9, divmod(round(result.progress.elapsed), 60)
-    rows += [("parameters", f"{sum(p.numel() for p in result.model.parameters()):,}")]
-    rows += [("tokens", f"{result.progress.tokens:,} in {result.progress.step:,} steps")]
-    rows += [("time", f"{minutes} min {seconds} s")]
-    rows += [("speed", f"{speed:.1f} GFLOP/s, {speed / peak:.0%} of the {peak:.0f} of a large matrix product")]
-    prompt = f" --prompt {shlex.quote(config.train.sample_prompt)}" if config.train.sample_prompt else ""
+    speed = 3e-9 * flops_per_token(result.model.config, seq_len) * p.tokens / max(p.train_seconds, 1e-9)
+    share, (minutes, seconds) = speed / peak, divmod(round(p.elapsed), 60)
+    rows = [row for row in report.rows() if row[0] in keep]
+    rows += [("parameters", f"{sum(w.numel() for w in result.model.parameters()):,}")]
+    rows += [("tokens", f"{p.tokens:,} in {p.step:,} steps"), ("time", f"{minutes} min {seconds} s")]
+    rows += [("speed", f"{speed:.1f} GFLOP/s, {share:.0%} of the {peak:.0f} of a large matrix product")]
     print(table(rows))
+    prompt = f" --prompt {shlex.quote(config.train.sample_prompt)}" if config.train.sample_prompt else ""
     print(f"curve: {result.out / 'loss.png'}\nnext:  tinylm generate --run {shlex.quote(str(result.out))}{prompt}")
 
 # %% ../nbs/16_cli.ipynb #3c66a05c
@@ -208,41 +202,29 @@ def run_generate(argv: list[str]) -> None:
     print()
 
 
-def measure(runs: list[Path], data: Any, device: str, stories: int) -> dict[str, Any]:
-    """A report for each run, all on the same data."""
-    from tinylm.data import prepare
-    from tinylm.evaluate import evaluate
-
-    reports = {}
-    for run in runs:
-        prepared = prepare(replace(data, tokenizer=str(run.resolve())), validation_only=True)
-        reports[str(run)] = evaluate(open_model(run, device)[0], prepared, data.seq_len, question_stories=stories)
-    return reports
-
-
 def run_evaluate(argv: list[str]) -> None:
     """Measure models: tinylm evaluate [RUN ...]; loss, distance to the floor, questions in stories and as chats."""
-    from tinylm.data import DataConfig
-    from tinylm.evaluate import compare, write_reports
+    from tinylm.data import DataConfig, prepare
+    from tinylm.evaluate import compare, evaluate, write_reports
 
     @dataclass
     class Flags:
         data: DataConfig
         device: str = "auto"  # cpu, cuda or auto
         stories: int = 100  # stories whose questions are asked
-        json: bool = False  # print the report for machines
         out: str = ""  # folder for report.md, report.json and report.png; "": `report` in that of the last run
 
     names: list = list(takewhile(lambda word: not word.startswith("-"), argv))
     name, rest = take_flag(argv[len(names) :], "--run")
     runs = [] if {"-h", "--help"} & set(rest) else [find_run(run) for run in names or [name]]
     flags = parse_flags(Flags(pretrained_by(Path(*runs[:1])).data), rest, run_evaluate)
-    reports = measure(runs, flags.data, flags.device, flags.stories)
+    reports = {}
+    for run in runs:  # each cuts the text up with its own tokenizer
+        prepared = prepare(replace(flags.data, tokenizer=str(run.resolve())), validation_only=True)
+        model, _ = open_model(run, flags.device)
+        reports[str(run)] = evaluate(model, prepared, flags.data.seq_len, question_stories=flags.stories)
     write_reports(reports, out := Path(flags.out or runs[-1] / "report"))
-    if flags.json:
-        print((out / "report.json").read_text("utf-8"))
-    else:
-        print(compare(reports) if len(reports) > 1 else reports[str(runs[0])], f"\nreport: {out}")
+    print(compare(reports) if len(reports) > 1 else reports[str(runs[0])], f"\nreport: {out}")
 
 # %% ../nbs/16_cli.ipynb #04947249
 def describe(config: Any, seq_len: int) -> dict[str, dict[str, Any]]:
@@ -258,8 +240,8 @@ def describe(config: Any, seq_len: int) -> dict[str, dict[str, Any]]:
 
 
 def run_info(argv: list[str]) -> None:
-    """Show shape, parameters, FLOPs and cache of --recipe or --run; --json for machines."""
-    run, rest = take_flag([word for word in argv if word != "--json"], "--run")
+    """Show shape, parameters, FLOPs and cache of --recipe or --run."""
+    run, rest = take_flag(argv, "--run")
     if run is None:
         recipe, rest = take_flag(rest, "--recipe")
         config = parse_flags(read_recipe(recipe or "default"), rest, run_info)
@@ -267,13 +249,8 @@ def run_info(argv: list[str]) -> None:
     elif rest:
         raise ValueError(f"--run shows a model as it is; leave {' '.join(rest)} out, or give a --recipe instead")
     else:
-        folder = find_run(run)
-        config, model = pretrained_by(folder), open_model(folder, "cpu")[0].config
-    sections = describe(model, config.data.seq_len)
-    if "--json" in argv:
-        print(json.dumps(sections, indent=2))
-        return
-    for title, values in sections.items():
+        config, model = pretrained_by(find_run(run)), open_model(Path(run), "cpu")[0].config
+    for title, values in describe(model, config.data.seq_len).items():
         rows = [(f"  {name}", f"{v:,}" if type(v) is int else str(v)) for name, v in values.items()]
         print(f"{title}\n{table(rows)}")
 
@@ -289,16 +266,17 @@ def tune(argv: list[str], kind: Any, stage: Callable, command: Callable) -> None
     result = stage(config)
     if int(os.environ.get("RANK", 0)):
         return
-    weights, elapsed = list(result.model.parameters()), divmod(round(result.progress.elapsed), 60)
+    weights, (minutes, seconds) = list(result.model.parameters()), divmod(round(result.progress.elapsed), 60)
     trained, total = sum(p.numel() for p in weights if p.requires_grad), sum(p.numel() for p in weights)
     rows = [("validation loss", f"{result.validation_loss:.4f} nats per token of an answer")]
     if config.data.path is None:
         tales = make_corpus(min(100, config.data.validation_stories), 0, "heldout", details=True)
         asked = [question for tale in tales for question in tale.questions]
         scores, words = chat(result.model, result.prepared.tokenizer, asked)
-        rows += [("right replies", str(scores["all"])), ("words in a reply", f"{words:.1f}")]
+        rows += [("right replies", str(scores["all"])), ("to the point", str(scores["to the point"]))]
+        rows += [("words in a reply", f"{words:.1f}")]
     rows += [("trained", f"{trained:,} of {total:,} parameters ({trained / total:.1%})")]
-    rows += [("time", f"{elapsed[0]} min {elapsed[1]} s, {result.progress.step:,} steps")]
+    rows += [("time", f"{minutes} min {seconds} s, {result.progress.step:,} steps")]
     print(table(rows))
     print(f"curve: {result.out / 'loss.png'}\nnext:  tinylm chat --run {shlex.quote(str(result.out))}")
 
@@ -321,43 +299,38 @@ class Chat:
     """A conversation with a model."""
 
     def __init__(self, model: Any, tokenizer: Any, config: Any, system: str = ""):
+        if not tokenizer.hf_tokenizer.chat_template:
+            raise ValueError("the tokenizer has no chat template; `tinylm sft --chatml` teaches a model to chat")
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.beginning = [{"role": "system", "content": system}] if system else []
-        self.messages = list(self.beginning)
-
-    def reset(self, _: str = "") -> str:
-        """Forget the conversation."""
-        self.messages = list(self.beginning)
-        return "(forgotten)"
-
-    def save(self, file: str) -> str:
-        """Keep the conversation in a file, in the form that `tinylm sft` reads."""
-        Path(file or "chat.json").write_text(json.dumps([{"messages": self.messages}], indent=2) + "\n", "utf-8")
-        return f"(saved in {file or 'chat.json'})"
+        self.messages = self.beginning = [{"role": "system", "content": system}] if system else []
 
     def reply(self, text: str) -> Iterator[str]:
         """The answer to a message, piece by piece; then both are part of the conversation."""
         from tinylm.generate import stream
 
-        asked = [*self.messages, {"role": "user", "content": text}]
+        asked, said = [*self.messages, {"role": "user", "content": text}], ""
         prompt = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True)
-        how, said = replace(self.config, seed=self.config.seed + len(asked)), ""
+        how = replace(self.config, seed=self.config.seed + len(asked))
         for piece in stream(self.model, self.tokenizer, prompt, how, ("<|im_end|>",)):
             said += piece
             yield piece
         self.messages = [*asked, {"role": "assistant", "content": said}]
 
     def answer(self, line: str) -> Iterator[str]:
-        """What is printed after a line: of a command, or of the model; a mistake is said and changes nothing."""
-        word, _, rest = line.strip().partition(" ")
-        commands: dict[str, Callable[[str], str]] = {"/reset": self.reset, "/save": self.save}
+        """What is printed after a line, a command or a message; a mistake is said and changes nothing."""
+        word, _, file = line.partition(" ")
         try:
-            if word in commands:
-                yield commands[word](rest)
+            if word == "/reset":
+                self.messages = self.beginning
+                yield "(forgotten)"
+            elif word == "/save":
+                saved = json.dumps([{"messages": self.messages}], indent=2)  # in the form that `tinylm sft` reads
+                Path(file or "chat.json").write_text(saved + "\n", "utf-8")
+                yield f"(saved in {file or 'chat.json'})"
             elif word.startswith("/"):
-                yield f"(use {', '.join(commands)} or /exit)"
+                yield "(use /reset, /save FILE or /exit)"
             elif word:
-                yield from self.reply(line.strip())
+                yield from self.reply(line)
         except (ValueError, OSError) as error:
             yield f"({error}; or /reset)"
 
@@ -376,13 +349,14 @@ def run_chat(argv: list[str]) -> None:
     flags = parse_flags(Flags(), argv, run_chat)
     talk = Chat(*open_model(find_run(flags.run), flags.device), flags, flags.system)
     typed = sys.stdin.isatty()
-    for line in iter(partial(input, "> "), None) if typed else sys.stdin:
-        if line.strip() == "/exit":
-            break
-        print("" if typed else f"> {line.rstrip()}\n", end="")
-        for piece in talk.answer(line):
-            print(piece, end="", flush=True)
-        print()
+    with suppress(EOFError):  # the end of what is typed: Ctrl-D
+        for line in map(str.strip, iter(lambda: input("> "), None) if typed else sys.stdin):
+            if line == "/exit":
+                break
+            print("" if typed else f"> {line}\n", end="")
+            for piece in talk.answer(line):
+                print(piece, end="", flush=True)
+            print()
 
 
 def run_export(argv: list[str]) -> None:
@@ -406,28 +380,28 @@ def type_and_run(*words: str) -> None:
 
 
 def run_speedrun(argv: list[str]) -> None:
-    """Pretrain, fine-tune (all weights, and an adapter), tune on preferences, and measure all of them."""
-    from tinylm.dpo import DPOConfig
-    from tinylm.sft import SFTConfig
+    """Pretrain, fine-tune on chats that ramble (all weights, an adapter), tune on preferences, and measure all."""
 
     @dataclass
     class Flags:
         recipe: str = "default"  # of the pretraining
         out: str = "runs/speedrun"  # folder of the runs
         share: float = 1.0  # of the steps of every stage; less for a quick look
+        seed: int = 0  # of the weights, and of an adapter
         overwrite: bool = False  # delete the runs that are there
 
     flags = parse_flags(Flags(), argv, run_speedrun)
-    base, chats, adapted, preferred = (f"{flags.out}/{name}" for name in ("base", "sft", "lora", "dpo"))
-    stages = [("pretrain", base, read_recipe(flags.recipe), ["--recipe", flags.recipe])]
-    stages += [("sft", chats, SFTConfig(), ["--run", base])]
-    stages += [("sft", adapted, SFTConfig(), ["--run", base, "--lora.r", "4"])]
-    stages += [("dpo", preferred, DPOConfig(), ["--run", chats])]
-    for name, out, config, words in stages:
-        steps = max(1, round(flags.share * config.train.max_steps))
-        words += ["--out", out, "--train.max-steps", str(steps)] + ["--overwrite"] * flags.overwrite
-        type_and_run(name, *words)
-    type_and_run("evaluate", base, chats, adapted, preferred, "--out", f"{flags.out}/report")
+    base, chats, adapted, preferred = runs = [f"{flags.out}/{name}" for name in ("base", "sft", "lora", "dpo")]
+    ramble = ["--run", base, "--habit", "0.8", "--train.sample-interval", "0"]
+    for out, steps, command in (
+        (base, read_recipe(flags.recipe).train.max_steps, ["pretrain", "--recipe", flags.recipe]),
+        (chats, 500, ["sft", *ramble]),
+        (adapted, 500, ["sft", *ramble, "--lora.r", "4"]),
+        (preferred, 150, ["dpo", "--run", chats]),
+    ):
+        how = ["--train.max-steps", str(max(1, round(flags.share * steps))), "--train.seed", str(flags.seed)]
+        type_and_run(*command, "--out", out, *how, *["--overwrite"] * flags.overwrite)
+    type_and_run("evaluate", *runs, "--out", f"{flags.out}/report")
     print(f"next:  tinylm chat --run {shlex.quote(preferred)}")
 
 # %% ../nbs/16_cli.ipynb #f65d98f1
@@ -448,7 +422,7 @@ def main(argv: list[str] | None = None) -> int:
         commands = table([(f"  {command}", str(run.__doc__)) for command, run in COMMANDS.items()])
         print(f"usage: tinylm COMMAND [--help|--FIELD VALUE ...]\n\n{commands}\n\nrecipes: {', '.join(recipe_names())}")
         return 0
-    mistakes = () if os.environ.get("TINYLM_DEBUG") else (ValueError, OSError)
+    mistakes = () if os.environ.get("TINYLM_DEBUG") else (ValueError, OSError, argparse.ArgumentError)
     try:
         if name not in COMMANDS:
             raise ValueError(f"command {name!r} is unknown: {nearest(name, COMMANDS)}")

@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['PEOPLE', 'GIRLS', 'PLACES', 'THINGS', 'NUMBERS', 'ONE', 'MANY', 'FLAVOUR', 'MAX_COUNT', 'MAX_STEPS', 'SPLITS',
-           'HELD_OUT', 'SLOTS', 'DRAWS', 'GRAMMAR', 'FORMS', 'NEXT', 'OFTEN', 'SELDOM', 'words', 'Voice', 'weighted',
-           'World', 'Form', 'compile_form', 'applicable', 'Teller', 'Question', 'Story', 'stories', 'make_corpus',
-           'Mismatch', 'Replayer', 'explore', 'parse', 'surprisal', 'token_nats', 'token_kinds', 'floor']
+           'HELD_OUT', 'SLOTS', 'DRAWS', 'GRAMMAR', 'Form', 'FORMS', 'NEXT', 'OFTEN', 'SELDOM', 'words', 'Voice',
+           'weighted', 'World', 'compile_form', 'applicable', 'Teller', 'Question', 'Story', 'stories', 'make_corpus',
+           'Mismatch', 'Replayer', 'explore', 'surprisal', 'token_nats', 'token_kinds']
 
 # %% ../nbs/09_corpus.ipynb #2831ba25
 import math
 import random
 import re
 from bisect import bisect
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import accumulate, islice, pairwise
 from operator import methodcaller
+from os.path import commonprefix
 
 # %% ../nbs/09_corpus.ipynb #c72fb6ee
 def words(text: str) -> list[str]:
@@ -112,21 +113,17 @@ class World(Voice):
         self.places: list[str] = []  # the places named so far
         self.questions: list[tuple[int, str, str, str]] = []  # piece, answer, wrong answer, kind
         self.options: dict[str, list[str]] = {}  # what the next sentence can draw from
-        self.actor = self.other = self.thing = self.place = self.noun = ""  # what this sentence is about
-        self.number, self.topic = 0, ""  # (topic: the person whom "he" or "she" would mean, if any)
+        self.actor = self.other = self.thing = self.place = self.number = self.noun = ""  # what this sentence is about
+        self.topic = ""  # who acted in the sentence before
 
-    def name_actor(self, options: list[str]) -> None:
-        "Choose and name the person whom the sentence is about, and whom the list then no longer has."
-        self.actor = self.pick(options, "free")
-        options.remove(self.actor)
-
-    def name_other(self, options: list[str]) -> None:
-        "Choose and name another person; from then on nobody is plainly 'he' or 'she'."
-        self.other, self.topic = self.pick(options), ""
+    def name(self, role: str, options: list[str], alone: str = "tracked") -> None:
+        "Choose and name the actor, other, thing, place, number or noun, which the list then no longer has."
+        setattr(self, role, self.pick(options, alone))
+        options.remove(getattr(self, role))
 
     def name_place(self, here: str = "") -> str:
         "Choose and name a place other than `here`."
-        self.place = self.pick([place for place in PLACES if place != here])
+        self.name("place", [place for place in PLACES if place != here])
         self.places.append(self.place)
         return self.place
 
@@ -135,37 +132,19 @@ class World(Voice):
         self.at[person] = place
         self.where |= {thing: place for thing, holder in self.holder.items() if holder == person}
 
-    def name_thing(self, options: list[str]) -> None:
-        "Choose and name a thing, which the list then no longer has."
-        self.thing = self.pick(options)
-        options.remove(self.thing)
-
     def new_thing(self) -> None:
         "Choose and name a new thing that the split allows to meet these people."
         kept = set().union(*[HELD_OUT[person] for person in self.count])
-        self.name_thing([t for t in THINGS if t not in self.where and (t in kept) == (self.split == "heldout")])
+        self.name("thing", [t for t in THINGS if t not in self.where and (t in kept) == (self.split == "heldout")])
 
     def hold(self, person: str) -> None:
         "Now the person holds the thing, where the person is."
         self.holder[self.thing], self.where[self.thing] = person, self.at[person]
 
-    def name_noun(self) -> None:
-        "Choose and say what is counted in this story."
-        self.noun = self.pick(MANY)
-
-    def say_noun(self, n: int) -> None:
-        "Say the counted noun: one coin, two coins, no coins."
-        self.say("tracked", ONE[MANY.index(self.noun)] if n == 1 else self.noun)
-
-    def name_number(self, options: list[str]) -> None:
-        "Choose a number, and say it with the noun."
-        self.number = NUMBERS.index(self.pick(options))
-        self.say_noun(self.number)
-
     def say_total(self) -> None:
         "Say how many the actor has."
-        self.say("tracked", NUMBERS[self.count[self.actor]])
-        self.say_noun(self.count[self.actor])
+        self.number = NUMBERS[self.count[self.actor]]
+        self.say("tracked", self.number)
 
     def answer(self, kind: str, right: str, others: Sequence[str]) -> None:
         "Say and note an answer; the last of `others` that differs from it is the wrong one."
@@ -178,22 +157,22 @@ class World(Voice):
         self.answer("where", place, [PLACES[(PLACES.index(place) + 1) % len(PLACES)], *self.places])
 
     def answer_who(self) -> None:
-        "Answer with the holder of the thing; from then on nobody is plainly 'he' or 'she'."
-        self.answer("who has", self.holder[self.thing], list(self.count))
-        self.topic = ""
+        "Answer with the holder of the thing."
+        self.other = self.holder[self.thing]
+        self.answer("who has", self.other, list(self.count))
 
     def answer_many(self, person: str) -> None:
-        "Answer with a number, and say its noun."
+        "Answer with a number."
         n, others = self.count[person], filter(None, self.count.values())
-        self.answer("how many", NUMBERS[n], [NUMBERS[i] for i in (n - 1 if n > 1 else n + 1, *others)])
-        self.say_noun(n)
+        self.number = NUMBERS[n]
+        self.answer("how many", self.number, [NUMBERS[i] for i in (n - 1 if n > 1 else n + 1, *others)])
 
 # %% ../nbs/09_corpus.ipynb #e621dcc2
 SLOTS: dict[str, Callable] = {
     "new": lambda t: t.count.update({t.pick([p for p in PEOPLE if p not in t.count]): 0}),
     "start": lambda t: t.at.update(dict.fromkeys([p for p in t.count if p not in t.at], t.name_place())),
-    "actor": lambda t: t.name_actor(list(t.count)),
-    "second": lambda t: t.name_actor([p for p, n in t.count.items() if not n]),
+    "actor": lambda t: t.name("actor", list(t.count), "free"),
+    "second": lambda t: t.name("actor", [p for p, n in t.count.items() if not n], "free"),
     "me": lambda t: t.say("tracked", t.actor),
     "other": lambda t: t.say("tracked", t.other),
     "he": lambda t: t.say("tracked", " she" if t.actor in GIRLS else " he"),
@@ -208,18 +187,19 @@ SLOTS: dict[str, Callable] = {
     "new_thing": lambda t: t.new_thing(),
     "lies": lambda t: t.where.update({t.thing: t.name_place()}),
     "it": lambda t: t.say("tracked", t.thing),
-    "owner_of_it": lambda t: t.name_other([t.holder[t.thing]]),
+    "owner_of_it": lambda t: t.name("other", [t.holder[t.thing]]),
     "site": lambda t: t.say("tracked", t.where[t.thing]),
     "visit": lambda t: t.move(t.actor, t.where[t.thing]),
     "take": lambda t: t.hold(t.actor),
     "give": lambda t: t.hold(t.other),
     "drop": lambda t: t.holder.pop(t.thing),
-    "number": lambda t: t.count.update({t.actor: NUMBERS.index(t.pick(NUMBERS[2:6]))}),
-    "noun": lambda t: t.name_noun(),
-    "nouns": lambda t: t.say_noun(2),
-    "gain": lambda t: t.count.update({t.actor: t.number}),
-    "lose": lambda t: t.count.subtract({t.actor: t.number}),
-    "receive": lambda t: t.count.update({t.other: t.number}),
+    "number": lambda t: t.name("number", NUMBERS[2:6]),
+    "kind": lambda t: t.name("noun", list(MANY)),
+    "coins": lambda t: t.say("tracked", t.noun),
+    "coin": lambda t: t.say("tracked", ONE[MANY.index(t.noun)] if t.number == NUMBERS[1] else t.noun),
+    "gain": lambda t: t.count.update({t.actor: NUMBERS.index(t.number)}),
+    "lose": lambda t: t.count.subtract({t.actor: NUMBERS.index(t.number)}),
+    "receive": lambda t: t.count.update({t.other: NUMBERS.index(t.number)}),
     "total": lambda t: t.say_total(),
     "its_place": lambda t: t.answer_where(t.where[t.thing]),
     "my_place": lambda t: t.answer_where(t.at[t.actor]),
@@ -230,10 +210,10 @@ SLOTS: dict[str, Callable] = {
 }
 SLOTS |= {name: methodcaller("pick", options) for name, options in FLAVOUR.items()}
 DRAWS = {
-    "near held theirs far loose any carried": lambda t, name: t.name_thing(t.options[name]),
-    "owner person": lambda t, name: t.name_actor(t.options[name]),
-    "mate away": lambda t, name: t.name_other(t.options[name]),
-    "some part": lambda t, name: t.name_number(t.options[name]),
+    "near held theirs far loose any carried": lambda t, name: t.name("thing", t.options[name]),
+    "owner person": lambda t, name: t.name("actor", t.options[name], "free"),
+    "mate away": lambda t, name: t.name("other", t.options[name]),
+    "some part": lambda t, name: t.name("number", t.options[name]),
     "all": lambda t, name: t.say_total(),
 }
 SLOTS |= {name: partial(slot, name=name) for names, slot in DRAWS.items() for name in names.split()}
@@ -250,8 +230,8 @@ GRAMMAR = {
 1 <There> was a {look} {new_thing} in the {lies}.
 1 <A> {look} {new_thing} lay in the {lies}.
 1 {actor} <had a> {look} {new_thing}{take}.""",
-    "amount": "1 {actor} <had> {number} {noun}.",
-    "second amount": "1 {second} <had> {number} {nouns}.",
+    "amount": "1 {actor} <had> {number} {kind}{gain}.",
+    "second amount": "1 {second} <had> {number} {coins}{gain}.",
     "act": """
 8 {motion} to the {place} {manner}{go}.
 8 {action} in the {here} {manner}.
@@ -271,13 +251,13 @@ GRAMMAR = {
 6 <got> the {theirs} from {owner_of_it}{take}.
 1 <wanted> the {far}. The {it} was in the {its_place}.
 5 <showed> {mate} the {held}.
-1 <counted> {his} {all}.
-1 <bought> {some}{gain}. Now {he} had {total}.
-1 <lost> {part}{lose}. Now {he} had {total}.
-2 <shared> {part} with {mate}{lose}{receive}.
+1 <counted> {his} {all} {coin}.
+1 <bought> {some} {coin}{gain}. Now {he} had {total} {coin}.
+1 <lost> {part} {coin}{lose}. Now {he} had {total} {coin}.
+2 <shared> {part} {coin} with {mate}{lose}{receive}.
 1 <missed> {away}. {other} was in the {other_place}.
 2 <asked> {mate}, <"Where> is the {far}?" "The {it} is in the {its_place}," said {other}.
-2 <asked> {mate}, <"How> many {nouns} do you have?" "I have {other_total}," said {other}.
+2 <asked> {mate}, <"How> many {coins} do you have?" "I have {other_total} {coin}," said {other}.
 4 <wondered> who had the {theirs}. "I do," said {holder}.""",
     "aside": """
 2 <The> {air} was {feel} and {mild}.
@@ -287,18 +267,13 @@ GRAMMAR = {
     "question": """
 3 <Where was the> {any}? The {it} was in the {its_place}.
 2 <Who> had the {carried}? {holder} had it.
-2 <How> many {nouns} did {owner} have? {He} had {my_total}.
+2 <How> many {coins} did {owner} have? {He} had {my_total} {coin}.
 2 <Where was> {person}? {me} was in the {my_place}.""",
 }
 
 # %% ../nbs/09_corpus.ipynb #ade1dcc2
-@dataclass(frozen=True, eq=False)
-class Form:
-    "A sentence form."
-
-    weight: int  # relative to the other forms that apply
-    steps: list[Callable]  # what to say and do, in order
-    needs: set[str]  # the lists that must not be empty
+# A sentence form: weight, relative to the others that apply; what to say and do; the lists that must not be empty.
+Form = namedtuple("Form", "weight steps needs")
 
 
 def compile_form(line: str) -> Form:
@@ -310,8 +285,8 @@ def compile_form(line: str) -> Form:
             raise ValueError(f"unknown slot {{{name}}} in the form {template!r}; use one of {', '.join(SLOTS)}")
         says = ("free", " " + free) if free else ("fixed", fixed)
         steps.append(SLOTS[name] if name else methodcaller("say", *says))
-    needs = {name for names in DRAWS for name in names.split() if f"{{{name}}}" in template}
-    return Form(int(weight), steps, needs)
+    needs = frozenset(name for names in DRAWS for name in names.split() if f"{{{name}}}" in template)
+    return Form(int(weight), tuple(steps), needs)
 
 
 FORMS = {name: [compile_form(line) for line in lines.strip().splitlines()] for name, lines in GRAMMAR.items()}
@@ -330,8 +305,19 @@ OFTEN, SELDOM = weighted([(2, True), (1, False)]), weighted([(1, True), (2, Fals
 class Teller(World):
     "Tells one story."
 
-    def look_around(self) -> None:
-        "List what a sentence about the actor can draw from."
+    def sentence(self, table: str) -> Form:
+        "Choose a form that applies and follow its steps."
+        form = self.weigh(applicable(table, frozenset([name for name in self.options if self.options[name]])))
+        for step in form.steps:
+            step(self)
+        return form
+
+    def begin_act(self) -> None:
+        "Name who does something next ('He' or 'She' if just spoken of), and list what the sentence can draw from."
+        self.actor = self.choose(list(self.count))
+        pronoun = " She" if self.actor in GIRLS else " He"
+        self.say("free", pronoun if self.actor == self.topic and not self.other else self.actor)
+        self.topic, self.other = self.actor, ""
         here, n, holder = self.at[self.actor], self.count[self.actor], self.holder.get
         far = [thing for thing, place in self.where.items() if place != here]
         close = [thing for thing, place in self.where.items() if place == here]
@@ -347,21 +333,6 @@ class Teller(World):
             "part": NUMBERS[1 : min(3, n - 1) + 1],
             "all": NUMBERS[:n],
         }
-
-    def sentence(self, table: str) -> Form:
-        "Choose a form that applies and follow its steps."
-        form = self.weigh(applicable(table, frozenset([name for name in self.options if self.options[name]])))
-        for step in form.steps:
-            step(self)
-        return form
-
-    def begin_act(self) -> None:
-        "Choose who does something next, and name the person, or say 'He' or 'She' of the one just spoken of."
-        self.actor = self.choose(list(self.count))
-        pronoun = " She" if self.actor in GIRLS else " He"
-        self.say("free", pronoun if self.actor == self.topic else self.actor)
-        self.topic = self.actor
-        self.look_around()
 
     def introduce(self) -> None:
         "Two or three people, one or two things, and one or two amounts."
@@ -464,15 +435,14 @@ class Replayer(Teller):
 
     def say(self, kind: str, text: str) -> None:
         "Compare the piece with the text."
-        rest = self.text[self.matched : self.matched + len(text)]
-        if rest != text:
-            self.matched += next((i for i, (a, b) in enumerate(zip(rest, text)) if a != b), len(rest))
+        if not self.text.startswith(text, self.matched):
+            self.matched += len(commonprefix([text, self.text[self.matched :]]))
             raise Mismatch
         self.matched += len(text)
 
 
-def explore(text: str, split: str = "train") -> list[tuple[int, float, bool, list[int]]]:
-    "Every way in which the program can begin like `text`: characters matched, nats, is it all of the text, choices."
+def explore(text: str, split: str = "train") -> list[tuple[int, float, bool]]:
+    "Every way in which the program can begin like `text`: characters matched, nats, whether it is all of the text."
     branches, todo = [], [[]]  # type: tuple[list, list[list[int]]]
     while todo:
         teller = Replayer(text, split, todo.pop(), todo)
@@ -481,19 +451,14 @@ def explore(text: str, split: str = "train") -> list[tuple[int, float, bool, lis
             complete = teller.matched == len(teller.text)
         except Mismatch:
             complete = False
-        branches.append((max(teller.matched - 1, 0), teller.nats, complete, teller.script))
+        branches.append((max(teller.matched - 1, 0), teller.nats, complete))
     return branches
-
-
-def parse(text: str, split: str = "train") -> list[tuple[float, list[int]]]:
-    "All sequences of choices that give exactly `text`, each with its nats."
-    return [(nats, script) for _, nats, complete, script in explore(text, split) if complete]
 
 # %% ../nbs/09_corpus.ipynb #fe2d1167
 def surprisal(text: str, split: str = "train") -> list[float]:
     "The exact conditional nats of each character, and of the end; they add up to the nats of the story."
     mass = [0.0] * (len(text) + 2)  # probability of the branches that match so many characters and no more
-    for matched, nats, complete, _ in explore(text, split):
+    for matched, nats, complete in explore(text, split):
         mass[matched + complete] += math.exp(-nats)
     if mass[-1] == 0:
         shown = text[: max(i for i, m in enumerate(mass) if m) + 1][-40:]
@@ -502,12 +467,8 @@ def surprisal(text: str, split: str = "train") -> list[float]:
     return [math.log(before / after) if before > after else 0.0 for before, after in pairwise(alive)]
 
 # %% ../nbs/09_corpus.ipynb #581058a8
-def token_nats(
-    text: str,  # a story
-    ends: Sequence[int],  # where each token ends, in characters; the last is len(text)
-    split: str = "train",  # the program that told it
-) -> list[float]:  # the nats of each token, then of the end of the story
-    "What a perfect model would lose on each token."
+def token_nats(text: str, ends: Sequence[int], split: str = "train") -> list[float]:
+    "What a perfect model would lose on each token of a story, and on its end; `ends`: where each token ends in `text`."
     if not ends or ends[-1] != len(text):
         raise ValueError(f"ends=...{list(ends)[-3:]} must end with len(text)={len(text)}; pass the end of every token")
     total = list(accumulate(surprisal(text, split), initial=0.0))
@@ -515,24 +476,9 @@ def token_nats(
     return [b - a for a, b in pairwise(marks)]
 
 
-def token_kinds(
-    story: Story,  # made with details=True
-    ends: Sequence[int],  # where each token ends, in characters
-) -> list[str]:  # the kind of each token, then "free" for the end of the story
-    "Whether each token is free, tracked or fixed."
+def token_kinds(story: Story, ends: Sequence[int]) -> list[str]:
+    "Whether each token of a story made with details is free, tracked or fixed; then 'free' for its end."
     if not story.spans:
         raise ValueError("story.spans is empty; make the story with details=True")
     starts = [start for start, _, _ in story.spans]
     return [story.spans[bisect(starts, end - 1) - 1][2] for end in ends] + ["free"]
-
-# %% ../nbs/09_corpus.ipynb #21eed868
-def floor(
-    stories: Sequence[Story],  # for example a validation set
-    lengths: Sequence[int],  # tokens to predict in each: those of its text and one for its end
-) -> tuple[float, float]:  # nats per token, and the standard error of that as an estimate of the program's entropy
-    "The lowest loss that any model can expect on these stories."
-    if len(stories) != len(lengths) or len(stories) < 2:
-        raise ValueError(f"{len(stories)} stories, {len(lengths)} lengths; give 2 or more stories, a length for each")
-    rate = sum(story.nats for story in stories) / sum(lengths)
-    squares = sum((story.nats - rate * length) ** 2 for story, length in zip(stories, lengths))
-    return rate, math.sqrt(squares * len(stories) / (len(stories) - 1)) / sum(lengths)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Documents', 'BUILDERS', 'TOKENIZERS', 'Prepared', 'TokenFile', 'write_tokens', 'DataConfig', 'find_files',
-           'open_splits', 'read_texts', 'hold_out', 'load_documents', 'tokenise', 'cache_key', 'prepare', 'cut',
-           'best_fit', 'plan_epoch', 'Rows', 'fill_batch', 'Batches']
+           'open_splits', 'convert_records', 'hold_out', 'read_splits', 'load_documents', 'tokenise', 'cache_key',
+           'prepare', 'cut', 'best_fit', 'plan_epoch', 'fill_batch', 'Batches']
 
 # %% ../nbs/10_data.ipynb #7a44cf96
 import glob
@@ -16,12 +16,13 @@ import logging
 import os
 import re
 import tempfile
+from bisect import bisect
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
-from itertools import chain, groupby, islice
+from itertools import chain, count, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ class DataConfig:
             raise ValueError(f"validation_fraction is {self.validation_fraction}; it must be above 0 and at most 0.5")
 
 # %% ../nbs/10_data.ipynb #733451db
-Documents = Callable[[], Iterator[Story]]  # each call reads them from the start, never all in memory
+Documents = Callable[[], Iterator[Any]]  # each call reads them from the start, never all in memory
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}  # suffix: reader of `datasets`
 
 
@@ -136,12 +137,12 @@ def find_files(root: Path) -> tuple[str, dict[str, list[str]]]:
 # %% ../nbs/10_data.ipynb #c6e4002e
 @contextmanager
 def _one_line(path: str | None) -> Iterator[None]:
-    """What goes wrong inside becomes one line about `path`; our own errors begin with their field and stay."""
+    """What goes wrong inside becomes one line about `path`; our own errors begin with that word and stay."""
     try:
         yield
     except Exception as error:
         line, local = str(error).strip().split("\n")[0][:300], Path(str(path)).expanduser().exists()
-        if not line.startswith(("path: ", "text_column: ")):
+        if not line.startswith("path: "):
             what = "repair or remove that file" if local else "no such file or dataset: check spelling, name, network"
             line = f"path: {path!r} cannot be read: {what} ({type(error).__name__}: {line})"
         raise ValueError(line) from None
@@ -163,25 +164,30 @@ def open_splits(config: DataConfig) -> dict[str, Any]:
         return dict(datasets.load_dataset(str(config.path), config.name, streaming=config.streaming))
 
 
-def read_texts(dataset: Any, config: DataConfig) -> Iterator[Story]:
-    """The documents of one split in order, without the empty ones."""
+def convert_records(dataset: Any, config: DataConfig, convert: Callable[[dict], Any]) -> Iterator[Any]:
+    """What `convert` makes of each record of a split, in order, without what is None; an error says which record."""
+
+    def item(number: int, record: dict) -> Any:
+        try:
+            return convert(record)
+        except ValueError as error:
+            raise ValueError(f"path: {config.path!r}, record {number}: {error}") from None
+
     with _one_line(config.path):
-        for batch in dataset.iter(batch_size=1000):
-            for text in batch.get(config.text_column, [None]):
-                if not isinstance(text, str):
-                    what = f"{config.path!r} has {text!r} for text in {config.text_column!r}"
-                    raise ValueError(f"text_column: {what}; give a column with text, of {sorted(batch)}")
-                if text:
-                    yield Story(text, np.nan)
+        batches = dataset.iter(batch_size=1000)  # one by one, records take several times as long
+        records = (dict(zip(batch, values)) for batch in batches for values in zip(*batch.values()))
+        made = map(item, count(1), records)
+        yield from islice((document for document in made if document is not None), config.max_documents)
 
 # %% ../nbs/10_data.ipynb #2a3bc2be
 def hold_out(documents: Documents, fraction: float) -> tuple[Documents, Documents]:
-    """Every 1/`fraction`-th document, beginning with the second; of a single one the end, from a new line on."""
+    """Every 1/`fraction`-th document, beginning with the second; of a single text the end, from a new line on."""
     first = list(islice(documents(), 2))
-    if len(first) == 1:
+    if len(first) == 1 and isinstance(first[0], Story):
         text = first[0].text
         end = text.find("\n", share := int(len(text) * (1 - fraction)), -1) + 1 or share
-        return partial(iter, [Story(text[:end], np.nan)]), partial(iter, [Story(text[end:], np.nan)])
+        parts = [[Story(part, np.nan)] if part else [] for part in (text[:end], text[end:])]
+        return partial(iter, parts[0]), partial(iter, parts[1])
     held = {1 + int(np.ceil(k / fraction - 1e-9)) for k in range(2000)}  # more would hardly make validation more exact
     return (
         lambda: (document for i, document in enumerate(documents()) if i not in held),
@@ -189,24 +195,35 @@ def hold_out(documents: Documents, fraction: float) -> tuple[Documents, Document
     )
 
 # %% ../nbs/10_data.ipynb #bbce6fbf
-def load_documents(config: DataConfig) -> tuple[Documents, Documents]:
-    """To train on, and to validate on: built-in stories, local files, or a dataset of the hub."""
-    if config.path is None:
-        n, seed = config.validation_stories, config.seed
-        return (lambda: islice(stories(seed), config.stories)), (lambda: islice(stories(seed, "validation"), n))
-    splits, most = open_splits(config), config.max_documents
+def read_splits(config: DataConfig, convert: Callable[[dict], Any]) -> tuple[Documents, Documents]:
+    """To train on, and to validate on: what `convert` makes of each record of local files or of a hub dataset."""
+    splits = open_splits(config)
     default = "validation" if "validation" in splits and config.split != "validation" else None
-    chosen: dict[str, Any] = {"split": config.split, "validation_split": config.validation_split or default}
+    chosen = {"split": config.split, "validation_split": config.validation_split or default}
     for flag, name in chosen.items():
         if name not in (None, *splits):
             raise ValueError(f"{flag}: {config.path!r} has no split {name!r}; it has {sorted(splits)}")
-    found = map(splits.get, chosen.values())
-    parts: list[Documents] = [partial(lambda data: islice(read_texts(data, config), most), data) for data in found]
-    train, validation = parts if chosen["validation_split"] else hold_out(parts[0], config.validation_fraction)
-    for flag, documents in zip(chosen, (train, validation), strict=True):
-        if not any(document.text for document in islice(documents(), 1)):
-            raise ValueError(f"{flag}: {config.path!r} has no text for it; give more text")
-    return train, validation
+    train, validation = (partial(convert_records, splits.get(name or ""), config, convert) for name in chosen.values())
+    parts = (train, validation) if chosen["validation_split"] else hold_out(train, config.validation_fraction)
+    for flag, part in zip(chosen, parts, strict=True):
+        if not any(True for _ in part()):
+            raise ValueError(f"{flag}: {config.path!r} has nothing for it; give more")
+    return parts
+
+
+def load_documents(config: DataConfig) -> tuple[Documents, Documents]:
+    """To train on, and to validate on: built-in stories, or texts of local files or of a dataset of the hub."""
+    if config.path is None:
+        n, seed = config.validation_stories, config.seed
+        return (lambda: islice(stories(seed), config.stories)), (lambda: islice(stories(seed, "validation"), n))
+
+    def text_of(record: dict) -> Story | None:
+        text = record.get(name := config.text_column)
+        if not isinstance(text, str):
+            raise ValueError(f"has {text!r} for text in {name!r}; give a text_column with text, of {sorted(record)}")
+        return Story(text, np.nan) if text else None
+
+    return read_splits(config, text_of)
 
 # %% ../nbs/10_data.ipynb #77dcba6f
 def _beginning(documents: Documents, characters: int) -> Iterator[str]:
@@ -313,22 +330,6 @@ def plan_epoch(offsets: np.ndarray, seq_len: int, seed: int, epoch: int) -> tupl
     row = rng.permutation(row.max() + 1)[row]
     return pieces[np.argsort(row, kind="stable")], np.cumsum([0, *np.bincount(row)])
 
-
-class Rows:
-    """The rows of all epochs, numbered from 0: `rows[r]` lists (first token, number of tokens) of its pieces."""
-
-    def __init__(self, offsets: np.ndarray, seq_len: int, seed: int):
-        self.plan = lru_cache(2)(lambda epoch: plan_epoch(offsets, seq_len, seed, epoch))  # a batch may need two
-        self.ends = [0]  # number of rows before each epoch; epochs with long documents may differ by a row
-
-    def __getitem__(self, r: int) -> list[tuple[int, int]]:
-        while r >= self.ends[-1]:
-            self.ends.append(self.ends[-1] + len(self.plan(len(self.ends) - 1)[1]) - 1)
-        epoch = int(np.searchsorted(self.ends, r, side="right")) - 1
-        pieces, begins = self.plan(epoch)
-        begin, end = begins[r - self.ends[epoch] :][:2]
-        return pieces[begin:end].tolist()
-
 # %% ../nbs/10_data.ipynb #698623db
 def fill_batch(file: TokenFile, rows: list[list[tuple[int, int]]], seq_len: int) -> dict[str, torch.Tensor]:
     """(B, T) int64 each: `input_ids`, `labels` (-100: not predicted), `position_ids`, `document_ids` (-1: padding)."""
@@ -359,8 +360,10 @@ class Batches:
     def __post_init__(self) -> None:
         if self.seq_len < 2 or self.batch_size < 1 or self.batch_size % self.world_size:
             raise ValueError(f"{self}: seq_len must be above 1 and batch_size a positive multiple of world_size")
-        self.rows = Rows(self.file.offsets, self.seq_len, self.seed)
-        self.num_rows = len(self.rows.plan(0)[1]) - 1  # of the first epoch
+        plan = partial(plan_epoch, self.file.offsets, self.seq_len, self.seed)
+        self.plan = lru_cache(2)(plan)  # of an epoch; a batch may need two
+        self.num_rows = len(self.plan(0)[1]) - 1  # of the first epoch
+        self.ends = [0, self.num_rows]  # rows before each epoch; epochs with long documents may differ by a row
 
     def __len__(self) -> int:
         return -(-self.num_rows // self.batch_size)
@@ -368,10 +371,19 @@ class Batches:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return map(self.batch, range(len(self)))
 
+    def row(self, r: int) -> list[tuple[int, int]]:
+        """(first token, number of tokens) of each piece of a row; the rows of all epochs are numbered from 0."""
+        while r >= self.ends[-1]:
+            self.ends.append(self.ends[-1] + len(self.plan(len(self.ends) - 1)[1]) - 1)
+        epoch = bisect(self.ends, r) - 1
+        pieces, begins = self.plan(epoch)
+        begin, end = begins[r - self.ends[epoch] :][:2]
+        return pieces[begin:end].tolist()
+
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         """(B / world_size, T) each: this rank's part; after the last row of an epoch comes the first of the next."""
         if step < 0 or (not self.shuffle and step >= len(self)):
             raise ValueError(f"step {step}: without shuffling there are steps 0 to {len(self) - 1}")
         begin, end = step * self.batch_size, (step + 1) * self.batch_size
         rows = range(begin + self.rank, end if self.shuffle else min(end, self.num_rows), self.world_size)
-        return fill_batch(self.file, [self.rows[r] for r in rows], self.seq_len)
+        return fill_batch(self.file, [self.row(r) for r in rows], self.seq_len)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'REFERENCE_FREE', 'SIDES', 'REFERENCES', 'answer_logps', 'smoothed', 'preference_loss', 'with_answer',
-           'encode_pair', 'story_pair', 'read_pairs', 'stack_rows', 'PairBatches', 'adapter_off', 'frozen_copy',
-           'kl_to_reference', 'ReferenceTrainer', 'DPOTrainer', 'plot_preferences', 'DPOConfig', 'load_pairs', 'dpo']
+           'to_pair', 'encode_answer', 'story_pair', 'read_pairs', 'stack_rows', 'PairBatches', 'adapter_off',
+           'frozen_copy', 'kl_to_reference', 'ReferenceTrainer', 'DPOTrainer', 'plot_preferences', 'DPOConfig',
+           'load_pairs', 'dpo']
 
 # %% ../nbs/14_dpo.ipynb #69f62889
-import difflib
 import json
 import re
 from collections import Counter
@@ -33,7 +33,7 @@ from .generate import SamplingConfig, evaluation_mode, generate
 from .lora import disable_lora
 from .model import IGNORE_INDEX, TinyLM, shift_labels, token_losses
 from .pretrain import Result, TrainConfig, matmul_precision
-from .sft import ChatTrainer, SFTConfig, end_of_turn, fine_tune, read_records, story_chat, to_messages, turn
+from .sft import ChatTrainer, TuneConfig, check, ends, fine_tune, ramble, read_records, story_chat, to_messages
 from .tokenizer import Tokenizer
 
 # %% ../nbs/14_dpo.ipynb #9d5b60da
@@ -82,48 +82,51 @@ SIDES = ("chosen", "rejected")
 
 def with_answer(record: dict, side: str) -> list[dict]:
     """The conversation of a record that ends with one of its answers; an answer may be a conversation of its own."""
-    if not (answer := record.get(side)):
+    said, begin = record.get(side) or "", record.get("messages") or record.get("prompt")
+    answer = said if isinstance(said, list) else [{"role": "assistant", "content": said}]
+    if len(answer) > 1:
+        begin = []
+    elif not begin or isinstance(begin, str):
+        begin = to_messages(record | {"completion": "?"})[:-1]
+    chat = to_messages({"messages": begin + answer})
+    if not chat[-1]["content"].strip():
         raise ValueError(f"has no {side} answer; give chosen and rejected, or remove it")
-    if isinstance(answer, list) and len(answer) > 1:
-        return to_messages({"messages": answer})
-    said = answer[0].get("content") if isinstance(answer, list) else answer
-    begin = record.get("messages") or record.get("prompt")
-    if isinstance(begin, list):
-        return to_messages({"messages": begin + turn("", said)[1:]})
-    return to_messages(record | {"output": said, "completion": said})
+    return chat
 
 
-def encode_pair(tokenizer: Tokenizer, record: dict) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of both conversations; the labels are what the last answer says."""
-    pair, rows = [with_answer(record, side) for side in SIDES], []
-    if pair[0][:-1] != pair[1][:-1]:
+def to_pair(record: dict) -> tuple[list[dict], list[dict]]:
+    """Both conversations of a record, the better one first."""
+    chosen, rejected = (with_answer(record, side) for side in SIDES)
+    if chosen[:-1] != rejected[:-1]:
         raise ValueError("chosen and rejected answer different prompts; make the prompts equal, or remove it")
-    for side, chat in zip(SIDES, pair):
-        if not chat[-1]["content"].strip():
-            raise ValueError(f"has an empty {side} answer; write one, or remove it")
-        ids, said = tokenizer.chat_ids_and_mask(chat)
-        start = len(tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True))
-        rows.append((ids, [i if own and t >= start else IGNORE_INDEX for t, (i, own) in enumerate(zip(ids, said))]))
-    return rows
+    return chosen, rejected
+
+
+def encode_answer(tokenizer: Tokenizer, chat: list[dict]) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation; the labels are what its last answer says."""
+    ids, said = tokenizer.chat_ids_and_mask(chat)
+    start = len(tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True))
+    return ids, [i if own and t >= start else IGNORE_INDEX for t, (i, own) in enumerate(zip(ids, said))]
 
 # %% ../nbs/14_dpo.ipynb #1bebc5f7
 def story_pair(story: Story) -> dict:
-    """A story with its last question: the right answer against the wrong one."""
-    chat, question = story_chat(story), story.questions[-1]
-    right = chat.pop()["content"]
-    return {"messages": chat, "chosen": right, "rejected": re.sub(rf"\b{question.answer}\b", question.wrong, right)}
+    """A story with its first question: the right answer against a wrong or, for every other story, a rambling one."""
+    chat = story_chat(story)
+    question, right = story.questions[-len(chat) // 2], chat[1]["content"]
+    wrong = re.sub(rf"\b{question.answer}\b", question.wrong, right)
+    rambles = len(story.text) % 2  # a coin that falls the same way on every machine
+    return {"messages": chat[:1], "chosen": right, "rejected": ramble(story, right) if rambles else wrong}
 
 
 def read_pairs(config: DataConfig, tokenizer: Tokenizer) -> tuple[list, list, str]:
     """Encoded pairs to train on, and to validate on, of files, of the hub or of the stories; what was left out."""
-    encode, counts = partial(encode_pair, tokenizer), Counter[str]()
-    parts: list[list] = []
-    for pairs in read_records(config, encode, lambda story: encode(story_pair(story))):
-        parts.append([])
-        for pair in pairs:
-            same, long = pair[0] == pair[1], max(len(ids) for ids, _ in pair) > config.seq_len
-            counts["with the same answer twice" if same else f"above data.seq_len={config.seq_len}"] += same or long
-            parts[-1] += [] if same or long else [pair]
+    counts, parts = Counter[str](), list[list]()
+    for chats in read_records(config, to_pair, lambda story: to_pair(story_pair(story))):
+        pairs = [[encode_answer(tokenizer, chat) for chat in pair] for pair in chats]
+        different = [pair for pair in pairs if pair[0] != pair[1]]
+        parts.append([pair for pair in different if max(len(ids) for ids, _ in pair) <= config.seq_len])
+        counts["with the same answer twice"] += len(pairs) - len(different)
+        counts[f"above data.seq_len={config.seq_len}"] += len(different) - len(parts[-1])
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
     if not all(parts):
         raise ValueError(f"path: {config.path!r} has no pair to train or to validate on; left out: {left_out}")
@@ -178,12 +181,15 @@ def frozen_copy(model: TinyLM) -> Callable:
     return partial(nullcontext, deepcopy(model).eval().requires_grad_(False))
 
 
-REFERENCES: dict[str, Callable] = {"copy": frozen_copy, "adapter": lambda model: partial(adapter_off, model)}
-REFERENCES["precomputed"] = frozen_copy  # until its numbers are known
+REFERENCES: dict[str, Callable] = {  # of a trainer
+    "copy": lambda trainer: frozen_copy(trainer.model),
+    "adapter": lambda trainer: lambda: adapter_off(trainer.model),
+    "precomputed": lambda trainer: frozen_copy(trainer.model),  # until its numbers are known
+}
 
 # %% ../nbs/14_dpo.ipynb #f5232f07
 @torch.no_grad()
-def kl_to_reference(model: TinyLM, reference: Callable, prompts: list, how: SamplingConfig, end: int) -> float:
+def kl_to_reference(model: TinyLM, reference: Callable, prompts: list, how: SamplingConfig, end: Any) -> float:
     """KL(model || the model that is opened) in nats, estimated from an answer to each prompt, which `end` ends."""
     answered = list(zip(prompts, generate(model, prompts, how, end)))
     batch = stack_rows([(prompt + answer, [IGNORE_INDEX] * len(prompt) + answer) for prompt, answer in answered], 1)
@@ -204,13 +210,13 @@ class ReferenceTrainer(ChatTrainer):
     def __post_init__(self) -> None:
         super().__post_init__()
         how = self.objective.reference
-        self.reference = None if self.objective.loss in REFERENCE_FREE else REFERENCES[how](self.model)
-        if self.reference and how == "precomputed":
-            for part in (self.batches, self.validation):
-                rows = replace(part, shuffle=False, rank=0, world_size=1)
-                with matmul_precision(self.precision), self.autocast():
+        with self.whole(), matmul_precision(self.precision), self.autocast():
+            self.reference = None if self.objective.loss in REFERENCE_FREE else REFERENCES[how](self)
+            if self.reference and how == "precomputed":
+                for part in (self.batches, self.validation):
+                    rows = replace(part, shuffle=False, rank=0, world_size=1)
                     part.ref_logps = torch.cat([self.reference_logps(batch).cpu() for batch in rows])
-            self.reference = None  # its numbers are all that is kept
+                self.reference = None  # its numbers are all that is kept
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -231,8 +237,8 @@ class DPOTrainer(ReferenceTrainer):
         logps, lengths = answer_logps(self.model, batch["input_ids"], batch["labels"])
         losses, rewards = preference_loss(logps, ref_logps, lengths, self.objective)
         chosen, rejected = rewards.detach().T
-        seen = [torch.ones_like(chosen), losses.detach(), chosen, rejected, (chosen > rejected).to(chosen)]
-        learning = torch.is_grad_enabled()
+        margins, learning = chosen - rejected, torch.is_grad_enabled()
+        seen = [torch.ones_like(chosen), losses.detach(), chosen, rejected, margins, (margins > 0).to(chosen)]
         self.sums[learning] = self.sums.get(learning, 0) + torch.stack(seen).sum(1)
         return (losses - self.objective.sft_weight * logps[:, 0] / lengths[:, 0]).sum(), len(losses)
 
@@ -241,42 +247,41 @@ class DPOTrainer(ReferenceTrainer):
         sums = self.sums.pop("loss" in numbers)
         if self.world_size > 1:
             dist.all_reduce(sums)
-        names = "preference_loss", "reward_chosen", "reward_rejected", "accuracy"
+        names = "preference_loss", "reward_chosen", "reward_rejected", "margin", "accuracy"
         numbers |= dict(zip(names, (sums[1:] / sums[0]).tolist()))
         if "validation_loss" in numbers and self.reference:
             rows, most = [pair[0] for pair in self.validation.file[:64]], self.model.config.max_position_embeddings
             prompts = [ids[: next(t for t, y in enumerate(labels) if y >= 0)] for ids, labels in rows]
             how = SamplingConfig(min(self.config.sample_tokens, most - max(map(len, prompts))))
-            numbers["kl"] = kl_to_reference(self.model, self.reference, prompts, how, end_of_turn(self.tokenizer))
+            numbers["kl"] = kl_to_reference(self.model, self.reference, prompts, how, ends(self.tokenizer))
         super().log(**numbers)
 
-    def show(self) -> None:
-        """As in every stage, with more curves."""
-        super().show()
-        if self.rank == 0:
-            plot_preferences(self.out).savefig(self.out / "loss.png", dpi=150)
+    def plot(self) -> Any:
+        """The figure that becomes loss.png, with more curves."""
+        return plot_preferences(self.out)
 
-# %% ../nbs/14_dpo.ipynb #a509957d
+
 def plot_preferences(out: Path) -> Any:  # a matplotlib figure
-    """Preference loss, rewards, accuracy and divergence of a run; dots are validations."""
+    """Preference loss, rewards and their margin, accuracy, divergence of a run; dots are validations."""
     from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
-    curves = {"preference loss": "preference_loss", "reward": "reward_chosen reward_rejected"}
+    curves = {"preference loss": "preference_loss", "reward": "reward_chosen reward_rejected margin"}
     curves |= {"pairs ranked rightly": "accuracy", "KL to the reference (nats)": "kl"}
     figure = Figure(figsize=(9, 5), layout="constrained")
-    for axes, (label, names) in zip(figure.subplots(2, 2).flat, curves.items()):
+    for axes, (what, names) in zip(figure.subplots(2, 2).flat, curves.items()):
         for part, style in (("loss", "-"), ("validation_loss", "o--")):
-            for name, colour in zip(names.split(), ("tab:blue", "tab:orange")):
+            for name, colour in zip(names.split(), ("tab:blue", "tab:orange", "tab:green")):
                 if points := [(row["step"], row[name]) for row in rows if {name, part} <= row.keys()]:
-                    axes.plot(*zip(*points), style, color=colour, markersize=4, label=f"{name} {points[-1][1]:.3f}")
-        axes.set(xlabel="step", ylabel=label)
+                    label = f"{name} {points[-1][1]:.3f}" if "o" in style else None
+                    axes.plot(*zip(*points), style, color=colour, markersize=4, label=label)
+        axes.set(xlabel="step", ylabel=what)
         axes.legend(fontsize=8)
     return figure
 
 # %% ../nbs/14_dpo.ipynb #4a4715fc
 @dataclass
-class DPOConfig(SFTConfig):
+class DPOConfig(TuneConfig):
     """The whole recipe of tuning on preferences; pairs longer than `data.seq_len` are left out, a batch is of pairs."""
 
     run: str = "runs/sft"  # folder of the run to start from, which is also the reference
@@ -292,22 +297,19 @@ class DPOConfig(SFTConfig):
     reference: str = "copy"  # "copy", "adapter" (the model without it) or "precomputed"
 
     def __post_init__(self) -> None:
-        near = difflib.get_close_matches(self.loss, LOSSES, 1, 0)
         smooth = 0 <= self.label_smoothing < (0.5 if self.loss in ("sigmoid", "simpo") else 1e-9)
         known = self.reference in REFERENCES and (self.reference != "adapter" or self.lora.r)
         rules = {
-            "loss": (self.loss in LOSSES, f"did you mean {near[0]!r}? There are {', '.join(LOSSES)}"),
+            "loss": (self.loss in LOSSES, f"give one of {', '.join(LOSSES)}"),
             "beta": (self.beta > 0, "give a number above 0"),
             "label_smoothing": (smooth, "give 0 or more and less than 0.5, above 0 only with sigmoid or simpo"),
             "gamma": (self.gamma >= 0, "give 0 or more"),
             "sft_weight": (self.sft_weight >= 0, "give 0 or more"),
             "reference": (known, f"give one of {', '.join(REFERENCES)}; adapter needs lora.r"),
         }
-        for name, (valid, remedy) in rules.items():
-            if not valid:
-                raise ValueError(f"{name}={getattr(self, name)!r}: {remedy}")
+        check(self, rules)
 
-# %% ../nbs/14_dpo.ipynb #71f22089
+
 def load_pairs(config: DPOConfig, tokenizer: Tokenizer, rank: int, world_size: int) -> tuple[PairBatches, PairBatches]:
     """What a recipe trains and validates on."""
     training, validation, left_out = read_pairs(config.data, tokenizer)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['perplexity', 'bits_per_byte', 'distance_to_floor', 'label_nats', 'document_nats', 'rate', 'looks_like_leak',
            'KindLoss', 'stack_documents', 'token_ends', 'loss_by_kind', 'Score', 'says', 'tally', 'answer_all',
-           'exact_match', 'multiple_choice', 'as_chat', 'chat_prompt', 'score_replies', 'chat', 'Report',
-           'validation_stories', 'evaluate', 'compare', 'plot_reports', 'write_reports']
+           'exact_match', 'multiple_choice', 'as_chat', 'score_replies', 'chat', 'Report', 'validation_stories', 'fits',
+           'examine', 'evaluate', 'compare', 'plot_reports', 'write_reports']
 
 # %% ../nbs/12_evaluate.ipynb #6770b65b
 import json
@@ -15,6 +15,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import torch
@@ -41,8 +42,6 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
 
 def distance_to_floor(loss: float, floor: float) -> float:
     """How far a loss is above the lowest that can be expected, as a share of it; below 0: too good to be true."""
-    if floor <= 0:
-        raise ValueError(f"floor={floor} must be above 0; a text without choices has nothing to learn")
     return loss / floor - 1
 
 # %% ../nbs/12_evaluate.ipynb #af3df0ae
@@ -61,7 +60,7 @@ def document_nats(model: TinyLM, file: TokenFile, seq_len: int, batch_size: int 
     for step, batch in enumerate(batches):
         lost = label_nats(model, batch).double().numpy()
         for i, document_ids in enumerate(batch["document_ids"].numpy()):
-            starts = [start for start, _ in batches.rows[step * batch_size + i]]
+            starts = [start for start, _ in batches.row(step * batch_size + i)]
             documents, real = np.searchsorted(file.offsets, starts, side="right") - 1, document_ids >= 0
             np.add.at(nats, documents[document_ids[real]], lost[i][real])
     return nats, np.diff(file.offsets) - 1
@@ -147,25 +146,22 @@ def says(text: str, answer: str) -> bool:
 
 def tally(asked: list[Question], right: list[bool]) -> dict[str, Score]:
     """Right answers counted for "all" and for each kind of question."""
-    scores = {kind: Score(0, 0) for kind in ["all", *sorted({question.kind for question in asked})]}
-    for question, is_right in zip(asked, right, strict=True):
-        for kind in ("all", question.kind):
-            scores[kind].right += is_right
-            scores[kind].total += 1
-    return scores
+    kinds = [question.kind for question in asked]
+    names = ["all", *sorted({*kinds})]
+    parts = [[ok for ok, kind in zip(right, kinds, strict=True) if name in ("all", kind)] for name in names]
+    return {name: Score(sum(part), len(part)) for name, part in zip(names, parts)}
 
 
 def answer_all(
     model: TinyLM, tokenizer: Tokenizer, prompts: list, max_new_tokens: int, stop_strings=(), batch_size: int = 64
 ) -> list[str]:
     """What a model goes on with, greedily, after each prompt (a text or token ids)."""
-    encoded, texts = [encode_prompt(tokenizer, prompt) for prompt in prompts], dict[int, str]()
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-    config = SamplingConfig(max_new_tokens, temperature=0)
-    for start in range(0, len(order), batch_size):
-        group = order[start : start + batch_size]
-        texts |= zip(group, generate_text(model, tokenizer, [encoded[i] for i in group], config, stop_strings))
-    return [texts[i] for i in range(len(prompts))]
+    texts, config = list[str](), SamplingConfig(max_new_tokens, temperature=0)
+    numbered = sorted(enumerate(encode_prompt(tokenizer, prompt) for prompt in prompts), key=lambda row: len(row[1]))
+    for start in range(0, len(numbered), batch_size):
+        group = [ids for _, ids in numbered[start : start + batch_size]]
+        texts += generate_text(model, tokenizer, group, config, stop_strings)
+    return [text for _, text in sorted(zip(numbered, texts))]
 
 
 def exact_match(model: TinyLM, tokenizer: Tokenizer, asked: list[Question], batch_size: int = 64) -> dict[str, Score]:
@@ -196,23 +192,19 @@ def as_chat(question: Question) -> tuple[str, str, str]:
     return asked + mark, right, wrong
 
 
-def chat_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a chat in which the user has said this and the assistant is to speak."""
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
-
-
 def score_replies(asked: list[Question], replies: list[str]) -> dict[str, Score]:
-    """How many replies begin with the right sentence: for "all" and each kind of question."""
-    return tally(asked, [says(reply, as_chat(question)[1]) for question, reply in zip(asked, replies)])
+    """How many replies begin with the right sentence ("all", each kind of question), and how many are one sentence."""
+    brief = sum(re.fullmatch(r"[^.!?]+\.", reply.strip()) is not None for reply in replies)
+    scores = tally(asked, [says(reply, as_chat(question)[1]) for question, reply in zip(asked, replies)])
+    return scores | {"to the point": Score(brief, len(replies))}
 
 
 def chat(model: TinyLM, tokenizer: Tokenizer, asked: list[Question]) -> tuple[dict[str, Score], float]:
-    """`score_replies` and the share of right answers preferred to wrong ones; the mean number of words in a reply."""
+    """`score_replies`, and how many right answers are preferred to wrong ones; the mean number of words in a reply."""
     asked = [q for q in asked if '"' not in q.prompt.rpartition("?")[2]]  # what people in the story ask each other
-    said, right, wrong = zip(*map(as_chat, asked))
-    prompts = [chat_prompt(tokenizer, text) for text in said]
-    replies = answer_all(model, tokenizer, prompts, 32, ["<|im_end|>"])
-    pairs = [(prompt, list(answers)) for prompt, *answers in zip(prompts, right, wrong)]
+    chats = [([{"role": "user", "content": said}], list(answers)) for said, *answers in map(as_chat, asked)]
+    pairs = [(tokenizer.apply_chat_template(said, add_generation_prompt=True), answers) for said, answers in chats]
+    replies = answer_all(model, tokenizer, [prompt for prompt, _ in pairs], 32, ["<|im_end|>"])
     preferred = {"prefers the right answer": multiple_choice(model, tokenizer, pairs)["by probability"]}
     return score_replies(asked, replies) | preferred, sum(len(text.split()) for text in replies) / len(replies)
 
@@ -248,9 +240,8 @@ class Report:
             rows += [("distance to the floor", f"{distance:.1%}{error}{alarm}")]
         rows += [("perplexity", f"{perplexity(self.loss):.3f}"), ("bits per byte", f"{self.bits_per_byte:.4f}")]
         rows += [(f"loss on {k.kind} tokens", f"{k.loss:.4f}, floor {k.floor:.4f}") for k in self.kinds]
-        rows += [(f"answers, {kind}", str(score)) for kind, score in self.exact_match.items()]
-        rows += [(f"right or wrong, {name}", str(score)) for name, score in self.choices.items()]
-        rows += [(f"as a chat, {kind}", str(score)) for kind, score in self.chat.items()]
+        parts = {"answers": self.exact_match, "right or wrong": self.choices, "as a chat": self.chat}
+        rows += [(f"{part}, {name}", str(score)) for part, scores in parts.items() for name, score in scores.items()]
         return rows + ([] if self.reply_words is None else [("words in a reply", f"{self.reply_words:.1f}")])
 
     def __str__(self) -> str:
@@ -258,11 +249,10 @@ class Report:
         width = max(len(name) for name, _ in self.rows())
         return "\n".join([title, *(f"{name:{width}s}  {value}" for name, value in self.rows())])
 
-    def to_json(self) -> str:
+    def numbers(self) -> dict:
         """The report for machines."""
         distance = None if self.floor is None else distance_to_floor(self.loss, self.floor)
-        more = {"perplexity": perplexity(self.loss), "distance_to_floor": distance}
-        return json.dumps(asdict(self) | more, indent=2)
+        return asdict(self) | {"perplexity": perplexity(self.loss), "distance_to_floor": distance}
 
 # %% ../nbs/12_evaluate.ipynb #96d862e5
 def validation_stories(prepared: Prepared) -> list[Story]:
@@ -274,6 +264,20 @@ def validation_stories(prepared: Prepared) -> list[Story]:
     if not math.isclose(sum(tale.nats for tale in tales), noted["nats"], rel_tol=1e-9):
         raise ValueError(f"{prepared.folder} holds stories of another version of the program; delete it")
     return tales
+
+
+def fits(model: TinyLM, tokenizer: Tokenizer, text: str, more: int = 48) -> bool:
+    """Whether a model has positions for a text and `more` tokens, such as the marks of a chat and a reply."""
+    return len(tokenizer.encode(text)) + more <= model.config.max_position_embeddings
+
+
+def examine(report: Report, model: TinyLM, tokenizer: Tokenizer, asked: list[Question], as_chats: bool) -> None:
+    """Ask questions, and note the answers in a report."""
+    report.exact_match = exact_match(model, tokenizer, asked)
+    choices = [(q.prompt, [" " + q.answer, " " + q.wrong]) for q in asked]
+    report.choices = multiple_choice(model, tokenizer, choices)
+    if as_chats:
+        report.chat, report.reply_words = chat(model, tokenizer, asked)
 
 
 def evaluate(
@@ -293,13 +297,11 @@ def evaluate(
         exact = np.array([tale.nats for tale in tales])
         report.floor, report.leak = rate(exact, targets)[0], looks_like_leak(nats, exact)
         report.gap_error = rate(nats - exact, targets)[1]
-        report.kinds = loss_by_kind(model, prepared.tokenizer, tales[:kind_stories])
+        if told := [t for t in tales[:kind_stories] if fits(model, prepared.tokenizer, t.text, 2)]:
+            report.kinds = loss_by_kind(model, prepared.tokenizer, told)
         asked = [q for tale in make_corpus(question_stories, 0, "heldout", details=True) for q in tale.questions]
-        report.exact_match = exact_match(model, prepared.tokenizer, asked)
-        choices = [(q.prompt, [" " + q.answer, " " + q.wrong]) for q in asked]
-        report.choices = multiple_choice(model, prepared.tokenizer, choices)
-        if as_chats:
-            report.chat, report.reply_words = chat(model, prepared.tokenizer, asked)
+        if asked := [q for q in asked if fits(model, prepared.tokenizer, q.prompt)]:
+            examine(report, model, prepared.tokenizer, asked, as_chats)
     return report
 
 # %% ../nbs/12_evaluate.ipynb #ad93367d
@@ -314,19 +316,19 @@ def compare(reports: dict[str, Report]) -> str:
 
 def plot_reports(reports: dict[str, Report]):  # a matplotlib figure
     """Right answers by kind of question, in a text and as a chat, with 95% intervals."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.5), sharey=True, layout="constrained")
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     for axes, part, title in zip(panels, ("exact_match", "chat"), ("asked in a story", "asked as a chat")):
         for i, (name, report) in enumerate(reports.items()):
-            scores = getattr(report, part).values()
-            low, high = ([abs(s.share - s.interval()[end]) for s in scores] for end in (0, 1))
-            places = [x + 0.8 * (i - (len(reports) - 1) / 2) / len(reports) for x in range(len(scores))]
-            shares = [score.share for score in scores]
-            axes.bar(places, shares, 0.8 / len(reports), yerr=[low, high], capsize=2, label=name)
+            scores = getattr(report, part)
+            ends = np.array([(*score.interval(), score.share) for score in scores.values()]).reshape(-1, 3).T
+            places = np.arange(len(scores)) + 0.8 * (i - (len(reports) - 1) / 2) / len(reports)
+            axes.bar(places, ends[2], 0.8 / len(reports), yerr=abs(ends[:2] - ends[2]), capsize=2, label=name)
         names = max((list(getattr(report, part)) for report in reports.values()), key=len)
-        axes.set_xticks(range(len(names)), [name.replace("prefers the right", "prefers\nright") for name in names])
-        axes.set(title=title, ylim=(0, 1), ylabel="share of right answers")
+        axes.set_xticks(range(len(names)), [fill(name, 10) for name in names])
+        axes.set(title=title, ylim=(0, 1), ylabel="share of the replies")
     panels[0].legend()
     return figure
 
@@ -335,6 +337,6 @@ def write_reports(reports: dict[str, Report], folder: str | Path) -> None:
     """Leave report.md, report.json and report.png in a folder."""
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(compare(reports) + "\n", "utf-8")
-    parts = {name: json.loads(report.to_json()) for name, report in reports.items()}
+    parts = {name: report.numbers() for name, report in reports.items()}
     (folder / "report.json").write_text(json.dumps(parts, indent=2) + "\n", "utf-8")
     plot_reports(reports).savefig(folder / "report.png", dpi=120)

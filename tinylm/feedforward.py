@@ -6,55 +6,31 @@
 __all__ = ['RMSNorm', 'SwiGLU', 'MLP']
 
 # %% ../nbs/03_feedforward.ipynb #0832d96b
-import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 # %% ../nbs/03_feedforward.ipynb #848c69ec
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Divide each vector by its root mean square, then scale each dimension (Zhang and Sennrich 2019, equation 4)."""
 
-    def __init__(
-        self,
-        hidden_size: int,  # D, size of the vectors
-        eps: float = 1e-6,  # added to the mean square, so that a vector of zeros stays zero
-    ):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-
-    def forward(
-        self,
-        x: torch.Tensor,  # (..., D)
-    ) -> torch.Tensor:  # (..., D), in the dtype of x
-        """The mean is taken in float32 at least, whatever the dtype of x."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def __init__(self, hidden_size: int, eps: float = 1e-6):  # D; added to the mean square, so that zeros stay zeros
+        super().__init__(hidden_size, eps=eps)
 
 # %% ../nbs/03_feedforward.ipynb #7a052f74
 class SwiGLU(nn.Module):
     """A feed-forward layer with a gate: down(silu(gate(x)) * up(x)) (Shazeer 2020, equation 6)."""
 
-    def __init__(
-        self,
-        hidden_size: int,  # D, size of the vectors that come in and go out
-        intermediate_size: int,  # F, size in between; 8/3 of D has the parameters of a plain layer of 4 D
-    ):
+    def __init__(self, hidden_size: int, intermediate_size: int):  # D; F, 8/3 of D for the parameters of a plain 4 D
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
-    def activation(
-        self,
-        x: torch.Tensor,  # (..., F) output of gate_proj
-    ) -> torch.Tensor:  # (..., F)
+    def activation(self, x: Tensor) -> Tensor:  # (..., F), output of gate_proj
         """The gate: the method to override for another one."""
         return F.silu(x)
 
-    def forward(
-        self,
-        x: torch.Tensor,  # (..., D)
-    ) -> torch.Tensor:  # (..., D)
+    def forward(self, x: Tensor) -> Tensor:  # (..., D)
         """Each vector on its own: nothing passes from one position to another."""
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
@@ -62,18 +38,11 @@ class SwiGLU(nn.Module):
 class MLP(nn.Module):
     """The feed-forward layer of GPT-2: down(gelu(up(x))), with biases."""
 
-    def __init__(
-        self,
-        hidden_size: int,  # D, size of the vectors that come in and go out
-        intermediate_size: int,  # F, size in between, usually 4 D
-    ):
+    def __init__(self, hidden_size: int, intermediate_size: int):  # D; F, usually 4 D
         super().__init__()
         self.up_proj = nn.Linear(hidden_size, intermediate_size)
         self.down_proj = nn.Linear(intermediate_size, hidden_size)
 
-    def forward(
-        self,
-        x: torch.Tensor,  # (..., D)
-    ) -> torch.Tensor:  # (..., D)
+    def forward(self, x: Tensor) -> Tensor:  # (..., D)
         """The curve is GELU as computed by GPT-2, with a tanh (Hendrycks and Gimpel 2016, section 2)."""
         return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))

@@ -87,12 +87,11 @@ class SamplingConfig:
     seed: int = 0  # the same seed, prompt and settings give the same text
 
     def __post_init__(self):
-        limits = {"max_new_tokens": (1, torch.inf), "temperature": (0, torch.inf), "top_k": (0, torch.inf)}
-        limits |= {"repetition_penalty": (1e-9, torch.inf), "seed": (0, torch.inf)}
-        limits |= {"top_p": (1e-9, 1), "min_p": (0, 1)}
-        for name, (least, most) in limits.items():
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name}={getattr(self, name)}: give a value from {least} to {most}")
+        least, most = {"max_new_tokens": 1, "repetition_penalty": 1e-9, "top_p": 1e-9}, {"top_p": 1, "min_p": 1}
+        for name in SamplingConfig.__dataclass_fields__:  # a subclass may have others, of other kinds
+            low, high, value = least.get(name, 0), most.get(name, torch.inf), getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name}={value}: give a value from {low} to {high}")
 
 
 def process_logits(logits: Tensor, previous_ids: Tensor, config: SamplingConfig) -> Tensor:
@@ -135,12 +134,12 @@ def next_logits(model: TinyLM, text: Tensor, cache: KVCache, count: int = 1) -> 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch the model to evaluation mode, and every part back to its own mode after."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
+        for module, training in modes.items():
             module.training = training
 
 # %% ../nbs/08_generate.ipynb #604300bb
@@ -238,10 +237,12 @@ def speculative_steps(
     model: TinyLM, draft: TinyLM, prompts, config, num_draft_tokens=4, eos_token_id=None, process=process_logits
 ) -> Iterator[list[int | None]]:
     """`speculative_generate` in the form of `generate_steps`: [token] after [token], and at the end [None]."""
-    (text, cache), (_, memory) = (start(m, prompts, config.max_new_tokens, num_draft_tokens) for m in (model, draft))
-    if draft.config.vocab_size != (V := model.config.vocab_size) or len(text) != 1 or num_draft_tokens < 1:
+    if draft.config.vocab_size != (V := model.config.vocab_size) or len(prompts) > 1 or num_draft_tokens < 1:
         given = f"vocab_size={draft.config.vocab_size} for a model with {V}, num_draft_tokens={num_draft_tokens}"
-        raise ValueError(f"{given}, {len(text)} prompts: use a draft of the same tokenizer, 1 prompt, 1 guess or more")
+        raise ValueError(
+            f"{given}, {len(prompts)} prompts: use a draft of the same tokenizer, 1 prompt, 1 guess or more"
+        )
+    (text, cache), (_, memory) = (start(m, prompts, config.max_new_tokens, num_draft_tokens) for m in (model, draft))
     guess, keep, draw = throw_darts(config.seed, 3, config.max_new_tokens).T.double().to(text.device)
     S, ends, token = text.shape[1], end_tokens(eos_token_id), None
     with evaluation_mode(model), evaluation_mode(draft):

@@ -9,6 +9,7 @@ __all__ = ['KVCache', 'SlidingCache', 'Int8Cache']
 import copy
 
 import torch
+from torch import Tensor
 
 from .model import ModelConfig
 
@@ -40,24 +41,8 @@ class KVCache:
         """An empty cache is still a cache, though its length is 0."""
         return True
 
-    def update(
-        self,
-        k: torch.Tensor,  # (B, K, T, d) keys of the new positions, rotated
-        v: torch.Tensor,  # (B, K, T, d) values of the new positions
-        layer_idx: int,  # which layer's they are
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # keys and values of all positions, each (B, K, S, d): views
-        """Add one layer's new keys and values; the length changes only with `advance`."""
-        self._check(k)
-        return self._keep(self.keys[layer_idx], k), self._keep(self.values[layer_idx], v)
-
-    def _keep(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """Write the new positions behind the old ones and return both: the method to override for another cache."""
-        end = self.length + new.shape[2]
-        store[:, :, self.length : end] = new
-        return store[:, :, :end]
-
-    def _check(self, k: torch.Tensor) -> None:
-        """A ValueError for what would otherwise be a wrong answer or an unreadable error."""
+    def update(self, k: Tensor, v: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Add one layer's new keys and values, (B, K, T, d), get all, (B, K, S, d); `advance` changes the length."""
         end, batch_size = self.length + k.shape[2], self.keys.shape[1]
         if end > self.max_length:
             raise ValueError(f"{end} positions do not fit a cache with max_length={self.max_length}: make it longer")
@@ -65,71 +50,50 @@ class KVCache:
             raise ValueError(f"{k.shape[0]} rows do not fit a cache with batch_size={batch_size}: make one for them")
         if k.requires_grad:
             raise ValueError("a cache keeps no gradients: generate under torch.no_grad(), train without a cache")
+        return self._keep(self.keys[layer_idx], k), self._keep(self.values[layer_idx], v)
 
-    def advance(
-        self,
-        T: int,  # new positions that all layers have added
-    ) -> None:
-        """Called once by the model, after its last layer."""
+    def _keep(self, store: Tensor, new: Tensor) -> Tensor:
+        """Write the new positions behind the old ones and return both: the method to override for another cache."""
+        end = self.length + new.shape[2]
+        store[:, :, self.length : end] = new
+        return store[:, :, :end]
+
+    def advance(self, T: int) -> None:
+        """All layers have added T positions: called by the model after its last layer."""
         self.length += T
 
-    def rewind(
-        self,
-        length: int,  # positions to keep, from the start
-    ) -> None:
+    def rewind(self, length: int) -> None:
         """Forget all that was read after the first `length` positions."""
         if not 0 <= length <= self.length:
             raise ValueError(f"length is {length}: the cache holds {self.length} positions, keep 0 to {self.length}")
         self.length = length
 
-    def reset(self) -> None:
-        """Forget everything; the memory stays."""
-        self.rewind(0)
-
-    def fork(
-        self,
-        batch_size: int,  # texts that go on from here
-    ) -> "KVCache":  # rows with memory of their own
-        """One text that was read, as the beginning of several."""
+    def fork(self, batch_size: int) -> "KVCache":
+        """One text that was read, as the beginning of several: rows with memory of their own."""
         if (rows := self.keys.shape[1]) != 1 or batch_size < 1:
-            raise ValueError(
-                f"{rows} rows cannot become {batch_size}: read the common beginning as one, fork to 1 or more"
-            )
+            raise ValueError(f"{rows} rows cannot become {batch_size}: read the beginning as one, fork to 1 or more")
         fork = copy.copy(self)
         fork.keys, fork.values = (store.repeat(1, batch_size, 1, 1, 1) for store in (self.keys, self.values))
         return fork
-
-    @property
-    def nbytes(self) -> int:
-        """Memory taken, in bytes."""
-        return self.keys.nbytes + self.values.nbytes
 
 # %% ../nbs/07_kv_cache.ipynb #f19233d8
 class SlidingCache(KVCache):
     """For models with a sliding window: a ring that keeps the window, whatever the length of the text."""
 
-    def __init__(
-        self,
-        config: ModelConfig,  # of a model with `sliding_window`
-        batch_size: int,  # B, texts at a time
-        max_length: int,  # most tokens that each can have; beyond the window they take no memory
-        dtype: torch.dtype = torch.float32,  # of keys and values
-        device: torch.device | str | None = None,  # where the model is
-        spare: int = 16,  # positions that `rewind` can take back
-    ):
+    def __init__(self, config, batch_size: int, max_length: int, dtype=torch.float32, device=None, spare: int = 16):
+        """As of `KVCache`; `rewind` can take back `spare` positions."""
         if config.sliding_window is None or spare < 1:
-            given = f"sliding_window is {config.sliding_window} and spare is {spare}"
-            raise ValueError(f"{given}: use KVCache for a model without a window, and spare of 1 or more")
+            given = f"sliding_window is {config.sliding_window}, spare is {spare}"
+            raise ValueError(f"{given}: use KVCache for a model without a window, and 1 or more to spare")
         self.window, self.lost = config.sliding_window, 0  # positions before `lost` have been overwritten
         super().__init__(config, batch_size, min(max_length, self.window - 1 + spare), dtype, device)
         self.max_length = max_length
 
-    def _keep(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def _keep(self, store: Tensor, new: Tensor) -> Tensor:
         """The old positions that the new ones see, in order, and the new ones; of these the last are written."""
         old = torch.arange(max(0, self.length - self.window + 1), self.length, device=store.device)
         seen = torch.cat((store[:, :, old % store.shape[2]], new), 2)
-        T = min(new.shape[2], store.shape[2])
-        end = self.length + new.shape[2]
+        T, end = min(new.shape[2], store.shape[2]), self.length + new.shape[2]
         store[:, :, torch.arange(end - T, end, device=store.device) % store.shape[2]] = new[:, :, new.shape[2] - T :]
         return seen
 
@@ -142,9 +106,7 @@ class SlidingCache(KVCache):
         """As of `KVCache`, as far as the window before that place is still there; or back to 0."""
         least = self.lost + self.window - 1
         if self.lost and 0 < length < least:
-            raise ValueError(
-                f"length is {length}: what it sees is overwritten, keep {least} or more, or give more spare"
-            )
+            raise ValueError(f"length is {length}: what it sees is overwritten, keep {least} or more, or more spare")
         super().rewind(length)
         self.lost = self.lost if length else 0
 
@@ -156,7 +118,7 @@ class Int8Cache(KVCache):
         """A byte for each number, and four for the scale."""
         super()._allocate(layers, B, S, [(heads, size + 4) for heads, size in shapes], torch.int8, device)
 
-    def _keep(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def _keep(self, store: Tensor, new: Tensor) -> Tensor:
         """Round, keep, and give back what was kept in the dtype of the new."""
         scale = new.float().abs().amax(-1, keepdim=True).clamp(min=1e-30).contiguous() / 127
         packed = torch.cat(((new / scale).round().to(torch.int8), scale.view(torch.int8)), -1)

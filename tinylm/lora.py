@@ -9,6 +9,7 @@ __all__ = ['LoraConfig', 'LoRAUpdate', 'LoRA', 'LoRALinear', 'set_adapter', 'add
 # %% ../nbs/06_lora.ipynb #c73a7944
 import json
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +26,7 @@ from torch.nn.utils import parametrize
 class LoraConfig:
     """Which weights are adapted, and how; fields are named as in `peft` and its adapter_config.json."""
 
-    r: int = 8  # rank of an update
+    r: int = 8  # rank of an update; 0: no adapter, for configs in which one is an option
     lora_alpha: float = 16  # an update counts lora_alpha / r times
     lora_dropout: float = 0.0  # share of an update's inputs dropped in training
     target_modules: tuple[str, ...] | str = ".*_proj.*"  # linear layers: ends of names, or a pattern for whole names
@@ -37,7 +38,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         more = self.use_dora or self.lora_dropout or self.init_lora_weights == "pissa"
         for name, valid, remedy in (
-            ("r", self.r >= 1, "use 1 or more"),
+            ("r", self.r >= 0, "use 1 or more, or 0 for no adapter"),
             ("lora_alpha", self.lora_alpha > 0, "use a number above 0"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "use 0 or more and less than 1"),
             ("init_lora_weights", self.init_lora_weights in (True, "pissa"), 'use true or "pissa"'),
@@ -126,8 +127,9 @@ def _new_updates(model: nn.Module, config: LoraConfig) -> dict[str, LoRAUpdate]:
     names = [f"{name}.weight" for name in _fitting("target_modules", config.target_modules, linear)]
     names += _fitting("target_parameters", config.target_parameters, others)
     for name in names:
-        if config.r > (most := min(weights[name].shape[-2:])):
-            raise ValueError(f"r is {config.r}: {name} is {tuple(weights[name].shape)}, use {most} or less")
+        most = min(weights[name].shape[-2:])
+        if not 1 <= config.r <= most:
+            raise ValueError(f"r is {config.r}: {name} is {tuple(weights[name].shape)}, use 1 to {most}")
         if sum(weight is weights[name] for weight in weights.values()) > 1:
             raise ValueError(f"target_modules: {name} is shared by two layers, leave it out or untie them")
     return {name: LoRAUpdate(weights[name], config).train(model.training) for name in names}
@@ -178,7 +180,8 @@ def add_lora(model: nn.Module, config: LoraConfig, name="default", tensors: dict
     tensors = expected if tensors is None else tensors
     given, needed = ({(key, *tensor.shape) for key, tensor in some.items()} for some in (tensors, expected))
     if given != needed:
-        raise ValueError(f"not for this model: missing {sorted(needed - given)}, extra {sorted(given - needed)}")
+        missing, extra = (textwrap.shorten(str(sorted(keys)), 150) for keys in (needed - given, given - needed))
+        raise ValueError(f"not for this model: missing {missing}, extra {extra}: load it into its own base")
     for key, tensor in expected.items():
         tensor.data.copy_(tensors[key])
     model.requires_grad_(False)

@@ -23,31 +23,6 @@ SCORES = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid
 Routing = namedtuple("Routing", "logits scores experts weights")
 
 
-def _refuse(values: dict, wrong: dict[str, tuple[bool, str]]) -> None:
-    """A ValueError for the first value that is wrong: its name, what it is, what would be right."""
-    for name, (is_wrong, remedy) in wrong.items():
-        if is_wrong:
-            raise ValueError(f"{name} is {values[name]}: {remedy}")
-
-
-def _check_router(v: dict) -> None:
-    """A ValueError for settings of a `Router` that have no meaning."""
-    sizes = ("hidden_size", "num_experts", "num_experts_per_tok", "n_group", "topk_group")
-    _refuse(v, {name: (v[name] < 1, "use 1 or more") for name in sizes})
-    E, k, groups, kept = (v[name] for name in sizes[1:])
-    rules = {
-        "n_group": (E % groups > 0, f"make it divide num_experts={E}"),
-        "topk_group": (kept > groups, f"use at most n_group={groups}"),
-        "num_experts_per_tok": (k > E // groups * kept, f"a token has {E // groups * kept} experts to choose from"),
-        "norm_topk_prob": (v["norm_topk_prob"] and k == 1, "the only weight is always 1 then, use False"),
-        "scoring_func": (v["scoring_func"] not in SCORES, f"use one of {', '.join(SCORES)}"),
-        "routed_scaling_factor": (v["routed_scaling_factor"] <= 0, "use a number above 0"),
-        "router_jitter_noise": (not 0 <= v["router_jitter_noise"] < 1, "use 0 or more and less than 1"),
-        "bias_update_speed": (v["bias_update_speed"] < 0, "use 0 or more"),
-    }
-    _refuse(v, rules)
-
-# %% ../nbs/04_moe.ipynb #b3d59e3b
 def best_groups(scores: Tensor, n_group: int, topk_group: int) -> Tensor:  # (..., E) -> (..., E)
     """-inf outside the groups whose two best experts are best (DeepSeek-V3, section 2.1.2)."""
     if n_group == 1:
@@ -74,12 +49,26 @@ class Router(nn.Module):
     bias_update_speed: float = 0.0  # step of the selection bias, see `update_router_biases`
 
     def __post_init__(self) -> None:
-        _check_router(vars(self))
+        E, k, n, kept = self.num_experts, self.num_experts_per_tok, self.n_group, self.topk_group
+        most = E // max(n, 1) * kept
+        rules = {
+            "n_group": (n > 0 and E % n == 0, f"make it divide num_experts={E}"),
+            "topk_group": (0 < kept <= n, f"use 1 to n_group={n}"),
+            "num_experts_per_tok": (0 < k <= most, f"use 1 to {most}, the experts that a token can choose from"),
+            "norm_topk_prob": (k > 1 or not self.norm_topk_prob, "the only weight is always 1 then, use False"),
+            "scoring_func": (self.scoring_func in SCORES, f"use one of {', '.join(SCORES)}"),
+            "routed_scaling_factor": (self.routed_scaling_factor > 0, "use a number above 0"),
+            "router_jitter_noise": (0 <= self.router_jitter_noise < 1, "use 0 or more and less than 1"),
+            "bias_update_speed": (self.bias_update_speed >= 0, "use 0 or more"),
+        }
+        for name, (valid, remedy) in rules.items():
+            if not valid:
+                raise ValueError(f"{name} is {getattr(self, name)}: {remedy}")
         super().__init__()
         self.weight = nn.Linear(self.hidden_size, self.num_experts, bias=False).weight
-        kept = self.scoring_func == "sigmoid" or self.bias_update_speed > 0  # Mixtral's checkpoints have no bias
+        saved = self.scoring_func == "sigmoid" or self.bias_update_speed > 0  # Mixtral's checkpoints have no bias
         self.e_score_correction_bias: Tensor
-        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts), persistent=kept)
+        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts), persistent=saved)
 
     def forward(self, x: Tensor) -> Routing:  # (..., D)
         """Logits and scores are float32 at least, under autocast too: rounded ones change the choice."""
@@ -137,16 +126,10 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """A feed-forward layer of many experts, in the place of a `SwiGLU`; names as in `transformers` 5."""
 
-    def __init__(
-        self,
-        router: Router,  # who chooses; its sizes are those of the layer
-        moe_intermediate_size: int,  # F, width inside each expert
-        n_shared_experts: int = 0,  # experts that every token uses, as one SwiGLU of so many times F
-    ):
+    def __init__(self, router: Router, moe_intermediate_size: int, n_shared_experts: int = 0):
+        """The router has the sizes E and D, each expert the width F; shared ones are one SwiGLU of so many times F."""
         super().__init__()
         (E, D), F_ = router.weight.shape, moe_intermediate_size
-        for name, value, least in ("moe_intermediate_size", F_, 1), ("n_shared_experts", n_shared_experts, 0):
-            _refuse({name: value}, {name: (value < least, f"use {least} or more")})
         self.gate, self.experts = router, Experts(D, F_, E)
         self.shared_experts = SwiGLU(D, n_shared_experts * F_) if n_shared_experts else None
         self.last: tuple[Routing, Tensor] | None = None  # routing and token mask of the last pass in training
@@ -183,15 +166,8 @@ def router_z_loss(routing: Routing, token_mask: Tensor) -> Tensor:
     return (routing.logits.logsumexp(-1).square() * token_mask).sum() / token_mask.sum().clamp(min=1)
 
 # %% ../nbs/04_moe.ipynb #72f58262
-def moe_losses(
-    model: nn.Module,  # anything with MoE layers in it, after a pass in training
-    router_aux_loss_coef: float = 0.0,  # factor of the load-balancing loss
-    router_z_loss_coef: float = 0.0,  # factor of the z loss
-    per_sequence: bool = False,  # balance within each sequence instead of within the batch
-) -> Tensor | float:  # a scalar, mean over tokens, to be added to the loss; 0 where no MoE layer was in training
-    """Load-balancing and z losses of the last pass, summed over the layers."""
-    values = {"router_aux_loss_coef": router_aux_loss_coef, "router_z_loss_coef": router_z_loss_coef}
-    _refuse(values, {name: (value < 0, "use 0 or more") for name, value in values.items()})
+def moe_losses(model: nn.Module, router_aux_loss_coef=0.0, router_z_loss_coef=0.0, per_sequence=False):
+    """Load-balancing and z losses of the last pass in training, times their factors, summed over layers: a scalar."""
     losses = []
     for layer in model.modules():
         if isinstance(layer, MoE) and layer.last is not None:
