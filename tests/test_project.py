@@ -15,7 +15,7 @@ PACKAGE, NBS, TOOLS = ROOT / "tinylm", ROOT / "nbs", ROOT / "tools"
 NOTEBOOKS = [path for path in sorted(NBS.glob("*.ipynb")) if path.name[0] not in "_."]
 NUMBER = {path.stem[3:]: int(path.stem[:2]) for path in NOTEBOOKS if path.stem[:2].isdigit()}
 MODULES = [path for path in sorted(PACKAGE.glob("**/*.py")) if path.name != "_modidx.py"]
-MAX_PACKAGE_LINES, LINES_TODAY, MAX_FUNCTION_LINES = 5000, 5403, 25
+MAX_PACKAGE_LINES, LINES_TODAY, MAX_FUNCTION_LINES = 5000, 5400, 25
 
 notebook_param = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 module_param = pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)

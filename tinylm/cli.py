@@ -396,7 +396,7 @@ def run_speedrun(argv: list[str]) -> None:
     for out, steps, command in (
         (base, read_recipe(flags.recipe).train.max_steps, ["pretrain", "--recipe", flags.recipe]),
         (chats, 500, ["sft", *ramble]),
-        (adapted, 500, ["sft", *ramble, "--lora.r", "4"]),
+        (adapted, 1000, ["sft", *ramble, "--lora.r", "4", "--train.learning-rate", "8e-3"]),
         (preferred, 150, ["dpo", "--run", chats]),
     ):
         how = ["--train.max-steps", str(max(1, round(flags.share * steps))), "--train.seed", str(flags.seed)]

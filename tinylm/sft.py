@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from .corpus import Story, stories
 from .data import Batches, DataConfig, read_splits
-from .generate import SamplingConfig, generate_text
 from .lora import LoRA, LoraConfig, add_lora, load_lora, merge_lora, save_lora, set_adapter, unmerge_lora
 from .model import IGNORE_INDEX, TinyLM
 from .pretrain import Result, TrainConfig, Trainer, choose_device, join_processes, run_stage
@@ -110,6 +109,9 @@ def ends(tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.eos_token_id, [i for i, own in zip(ids, said) if own][-1]]
 
 # %% ../nbs/13_sft.ipynb #8910d1fa
+SAMPLE = "Leo was in the kitchen. Mia was in the attic. Where was Mia?"  # asked in samples
+
+
 class ChatTrainer(Trainer):
     """The trainer of all stages after the first: a sample is an answer, and what is saved needs no adapter."""
 
@@ -136,14 +138,10 @@ class ChatTrainer(Trainer):
         set_adapter(self.model, "default")
 
     def sample(self) -> str:
-        """How the model answers `sample_prompt` now."""
-        question, most = self.config.sample_prompt, self.model.config.max_position_embeddings
+        """How the model answers `sample_prompt` now, or a question about a story if there is none."""
+        question = self.config.sample_prompt or SAMPLE
         prompt = self.tokenizer.apply_chat_template(turn(question, "")[:1], add_generation_prompt=True)
-        if len(prompt) >= most:
-            return f"{question}\n> (no room for an answer within max_position_embeddings={most})"
-        how = SamplingConfig(min(self.config.sample_tokens, most - len(prompt)), temperature=0)
-        answer = generate_text(self.model, self.tokenizer, [prompt], how, eos_token_id=ends(self.tokenizer))[0]
-        return f"{question}\n> {answer.strip()}"
+        return f"{question}\n> {self.go_on(prompt, ends(self.tokenizer), temperature=0).strip()}"
 
 # %% ../nbs/13_sft.ipynb #f06080ae
 def check(config: Any, rules: dict[str, tuple[Any, str]]) -> None:
@@ -153,8 +151,7 @@ def check(config: Any, rules: dict[str, tuple[Any, str]]) -> None:
             raise ValueError(f"{name}={attrgetter(name)(config)!r}: {remedy}")
 
 
-SAMPLE = "Leo was in the kitchen. Mia was in the attic. Where was Mia?"  # for the built-in stories
-_GENTLE = partial(TrainConfig, optimizer="adamw", learning_rate=1e-3, spike_factor=0, sample_prompt=SAMPLE)
+_GENTLE = partial(TrainConfig, optimizer="adamw", learning_rate=1e-3, spike_factor=0)
 
 
 @dataclass
