@@ -674,8 +674,8 @@ def run_stage(config: Any, make: Callable[[Any], Trainer]) -> Result:
     if found := checkpoints(out) if config.resume else []:
         trainer.load_checkpoint(found[-1])
     if rank == 0:
-        if config.overwrite and not config.resume:
-            shutil.rmtree(out, ignore_errors=True)
+        if config.overwrite and not config.resume and out.exists():
+            shutil.rmtree(out)
         save_config(out, config)
     progress = trainer.run()
     if world_size > 1:
