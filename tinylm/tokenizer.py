@@ -42,7 +42,7 @@ def _wrap(backend: tokenizers.Tokenizer):
 
 # %% ../nbs/00_tokenizer.ipynb #738e840e
 LONGEST_WORD = 256  # characters of a pre-token: longer runs of letters, digits, signs or spaces are cut
-CONTEXT = 1000  # characters that are looked at around a place where a long text may be cut
+CONTEXT = 500  # characters that are looked at around a place where a long text may be cut
 
 # The pattern of GPT-2 (Radford et al. 2019), with a bound on each run.
 _RUN = f"{{1,{LONGEST_WORD}}}"
@@ -56,6 +56,15 @@ def _byte_level() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([words, as_bytes])
 
 
+def _in_parts(text: str, size: int = 50_000) -> Iterator[str]:
+    """Cut a long text between words, so that learning from it needs less memory; the words stay the same."""
+    begin = 0
+    while found := re.compile(r"(?<=\w)[ \n]").search(text, begin + size):
+        yield text[begin : found.start()]
+        begin = found.start()
+    yield text[begin:]
+
+
 def _train(backend: tokenizers.Tokenizer, texts: Iterable[str], trainer: Any) -> None:
     """Train in a thread, so that Ctrl-C is answered at once and not when all merges are found."""
     errors: list[BaseException] = []
@@ -63,9 +72,10 @@ def _train(backend: tokenizers.Tokenizer, texts: Iterable[str], trainer: Any) ->
 
     def texts_until_stop() -> Iterator[str]:
         for text in texts:
-            if stop.is_set():
-                return
-            yield text
+            for part in _in_parts(text):
+                if stop.is_set():
+                    return
+                yield part
 
     def work() -> None:
         try:
@@ -175,7 +185,7 @@ class Tokenizer:
     def pieces(
         self,
         text: str,  # any text; one of up to `size` characters is a single piece
-        size: int = 200_000,  # characters of a piece, about
+        size: int = 50_000,  # characters of a piece, about
     ) -> Iterator[str]:
         """Cut a long text where pre-tokens end: encoded one by one, its pieces have the ids of the whole."""
         backend = self.hf_tokenizer.backend_tokenizer
