@@ -125,7 +125,7 @@ def test_a_dataset_of_the_hub_is_not_turned_into_json(tmp_path, monkeypatch, str
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "a"}\n\n{"text": "b"\n', "line 3 is no JSON"),
+        ('{"text": "a"}\n\n{"text": "b"\n', "line 3 column"),
         ('{"text": "a"}\n7\n', "record 2: is 7; give an object"),
         ('[{"text": "a"}, null]', "record 2: is None; give an object"),
         ('[{"text": "a"}', "Expecting"),

@@ -189,7 +189,7 @@ def read_json(path: str) -> Iterator[Any]:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} is no JSON: {error.msg}") from None
+                raise ValueError(str(error).replace("line 1 column", f"line {number} column")) from None
             yield record
 
 
