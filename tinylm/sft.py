@@ -38,10 +38,16 @@ def turn(question: Any, answer: Any) -> list[dict]:
 
 
 def to_messages(record: dict) -> list[dict]:
-    """The conversation in a record: its `messages`, or `instruction`, `input`, `output`, or `prompt`, `completion`."""
+    """Read the conversation of a record: `messages`, or `instruction`, `input`, `output`, or `prompt`, `completion`."""
     given = {name: value for name, value in record.items() if value is not None}
-    task = "\n\n".join(str(given[name]) for name in ("instruction", "input") if given.get(name))
-    question, answer = given.get("prompt", task), given.get("completion", given.get("output"))
+    for name in ("instruction", "input"):
+        if not isinstance(given.get(name, ""), str):
+            raise ValueError(f"{name}={given[name]!r} is no text; write it in quotes, or remove it")
+
+    # All forms become messages.
+    task = "\n\n".join(given[name] for name in ("instruction", "input") if given.get(name))
+    question = given.get("prompt", task)
+    answer = given.get("completion", given.get("output"))
     messages = given.get("messages", turn(question, answer) if question and answer is not None else None)
     if messages is None:
         raise ValueError(f"has {sorted(given)}; give messages, or instruction and output, or prompt and completion")
