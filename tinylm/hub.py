@@ -22,7 +22,7 @@ from tinylm.model import (
     TinyLM,
     config_to_hf,
     load_transformers,
-    old_rope_entries,
+    old_entries,
     their_tensors,
 )
 from .tokenizer import Tokenizer
@@ -90,6 +90,6 @@ def save(
             part.save_pretrained(draft)
         config_file = Path(draft) / "config.json"
         hf = json.loads(config_file.read_text("utf-8"))
-        config_file.write_text(json.dumps({**hf, **old_rope_entries(hf)}, indent=2) + "\n", "utf-8")
+        config_file.write_text(json.dumps({**hf, **old_entries(hf)}, indent=2) + "\n", "utf-8")
         for path in Path(draft).iterdir():
             path.replace(folder / path.name)

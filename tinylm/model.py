@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEED_FORWARDS', 'IGNORE_INDEX', 'FAMILIES', 'COMPUTED', 'ALL_FAMILIES', 'LAYOUTS', 'PARTS', 'OptionalParts',
            'ModelConfig', 'Block', 'Decoder', 'shift_labels', 'token_losses', 'linear_cross_entropy', 'TinyLM',
-           'Family', 'write_window', 'config_from_hf', 'old_rope_entries', 'obstacles', 'config_to_hf', 'transposed',
+           'Family', 'write_window', 'config_from_hf', 'old_entries', 'obstacles', 'config_to_hf', 'transposed',
            'Layout', 'their_tensors', 'fill', 'load_transformers', 'count_parameters', 'flops_by_part',
            'flops_per_token', 'cache_bytes']
 
@@ -494,13 +494,15 @@ def config_from_hf(hf: dict, families: dict[str, Family] = FAMILIES) -> ModelCon
     return ModelConfig(**{"qk_norm": False, **ours}).resolved()
 
 # %% ../nbs/05_model.ipynb #8b181f88
-def old_rope_entries(hf: dict) -> dict:
-    """The rotary settings of a config.json in the words of `transformers` 4, which ignores `rope_parameters`."""
-    rope = dict(hf.get("rope_parameters") or {})
-    if not rope:
-        return {}
-    theta = rope.pop("rope_theta")
-    return {"rope_theta": theta, "rope_scaling": None if rope["rope_type"] == "default" else rope}
+def old_entries(hf: dict) -> dict:
+    """What `transformers` 4 looks for in a config.json under another name: it ignores `rope_parameters`."""
+    old = {}
+    if hf.get("model_type") == "qwen3_moe" and "num_local_experts" in hf:
+        old["num_experts"] = hf["num_local_experts"]
+    if rope := dict(hf.get("rope_parameters") or {}):
+        old["rope_theta"] = rope.pop("rope_theta")
+        old["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    return old
 
 # %% ../nbs/05_model.ipynb #28170157
 def _written(config: ModelConfig, name: str, family: Family) -> dict:
@@ -510,7 +512,7 @@ def _written(config: ModelConfig, name: str, family: Family) -> dict:
     if not c.learned_positions:
         rope = {"rope_type" if key == "type" else key: value for key, value in (c.rope_scaling or {}).items()}
         hf["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta, **rope}
-        hf.update(old_rope_entries(hf))
+        hf.update(old_entries(hf))
     hf |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     return {"model_type": name, **hf, **family.write(c), **family.computed}
 
@@ -569,6 +571,10 @@ def _write_dense_layers(config: ModelConfig) -> dict:
     return {"mlp_only_layers": list(range(config.first_k_dense_replace)), "decoder_sparse_step": 1}
 
 
+def _write_deepseek(config: ModelConfig) -> dict:
+    return {"head_dim": config.qk_rope_head_dim}  # there the name of the part that is rotated
+
+
 _EXPERT_WIDTH = {"moe_intermediate_size": "intermediate_size", "intermediate_size": ""}  # only experts have one
 ALL_FAMILIES = {
     **FAMILIES,
@@ -599,7 +605,9 @@ ALL_FAMILIES = {
     "qwen3_moe": Family(
         {"qk_norm": True}, read=_read_dense_layers, write=lambda c: {**_write_dense_layers(c), **write_window(c)}
     ),
-    "deepseek_v3": Family({"scoring_func": "sigmoid"}, {"num_experts": "n_routed_experts"}, read=_read_deepseek),
+    "deepseek_v3": Family(
+        {"scoring_func": "sigmoid"}, {"num_experts": "n_routed_experts"}, read=_read_deepseek, write=_write_deepseek
+    ),
 }
 
 # %% ../nbs/05_model.ipynb #ce9678b9
