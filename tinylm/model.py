@@ -145,7 +145,7 @@ class ModelConfig(OptionalParts):
         """This config for config.json, in the words of a family; as "tinylm" if none has this shape."""
         try:
             hf = config_to_hf(self)
-            return {"architectures": [hf["model_type"].capitalize() + "ForCausalLM"], **hf}
+            return {"architectures": [hf["model_type"].capitalize() + "ForCausalLM"], **hf, **old_entries(hf)}
         except ValueError:
             return {"model_type": "tinylm", **asdict(self.resolved())}
 
@@ -512,7 +512,6 @@ def _written(config: ModelConfig, name: str, family: Family) -> dict:
     if not c.learned_positions:
         rope = {"rope_type" if key == "type" else key: value for key, value in (c.rope_scaling or {}).items()}
         hf["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta, **rope}
-        hf.update(old_entries(hf))
     hf |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     return {"model_type": name, **hf, **family.write(c), **family.computed}
 
