@@ -166,6 +166,7 @@ class MLAttention(nn.Module):
         attention_bias: bool = False,  # a bias where a latent is made, and in o_proj
         attention_dropout: float = 0.0,  # share of the weights dropped in training
         score_factor: float = 1.0,  # on the scores; DeepSeek with YaRN: (0.1 mscale_all_dim ln(factor) + 1)^2
+        rope_interleave: bool = False,  # neighboring dimensions are rotated together, as in DeepSeek's files
     ):
         super().__init__()
         H, n, r, v, R = num_attention_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, kv_lora_rank
@@ -173,6 +174,7 @@ class MLAttention(nn.Module):
             if rank is not None and not 1 <= rank <= min(hidden_size, H * size):
                 raise ValueError(f"{name} is {rank}: use 1 to {min(hidden_size, H * size)}, the rank of its matrix")
         self.sizes, self.attention_dropout, self.score_factor = (n, r, v, R), attention_dropout, score_factor
+        self.rope_interleave = rope_interleave
         self._make_queries(hidden_size, H * (n + r), q_lora_rank, attention_bias, rms_norm_eps)
         self.kv_a_proj_with_mqa = nn.Linear(hidden_size, R + r, bias=attention_bias)
         self.kv_a_layernorm = nn.RMSNorm(R, eps=rms_norm_eps)
@@ -196,6 +198,8 @@ class MLAttention(nn.Module):
         else:
             q = self.q_b_proj(_normalise(self.q_a_layernorm, self.q_a_proj(x)).to(x.dtype))
         q_nope, q_rope = (q * self.score_factor).unflatten(-1, (-1, n + r)).transpose(1, 2).split((n, r), -1)
+        if self.rope_interleave:  # pairs (0, 1), (2, 3), ... become (0, r/2), (1, r/2 + 1), ...
+            q_rope, k_rope = (part.unflatten(-1, (-1, 2)).mT.flatten(-2) for part in (q_rope, k_rope))
         if rope is not None:
             q_rope, k_rope = apply_rope(q_rope, *rope), apply_rope(k_rope, *rope)
         return q_nope, q_rope, latent, k_rope

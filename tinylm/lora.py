@@ -123,9 +123,9 @@ def _new_updates(model: nn.Module, config: LoraConfig) -> dict[str, LoRAUpdate]:
     named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if ".lora_" not in name]
     weights = {name.replace(".parametrizations", "").removesuffix(".original"): p for name, p in named if p.ndim > 1}
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    others = [name for name in weights if name.removesuffix(".weight") not in linear]
     names = [f"{name}.weight" for name in _fitting("target_modules", config.target_modules, linear)]
-    names += _fitting("target_parameters", config.target_parameters, others)
+    parameters = _fitting("target_parameters", config.target_parameters, list(weights))
+    names += [name for name in parameters if name not in names]  # `peft` can name a linear layer by its weight
     for name in names:
         most = min(weights[name].shape[-2:])
         if not 1 <= config.r <= most:
@@ -225,10 +225,36 @@ def unmerge_lora(model: nn.Module) -> None:
         _attach(model, place, lora.to(weight.device))
 
 # %% ../nbs/06_lora.ipynb #3513e538
+def _config_for_peft(model: nn.Module, updates: dict[str, LoRAUpdate]) -> dict[str, Any]:
+    """The entries of adapter_config.json, with targets by which `peft` finds the same weights.
+
+    A pattern could fit other names there (`c_proj` of GPT-2), so the adapted layers are listed. And where experts are
+    packed, `peft` takes the names of an expert's matrices for these, also where a dense layer has them; it finds such
+    a layer by the name of its weight.
+    """
+    config = next(iter(updates.values())).config
+    paths = {name: name.removesuffix(".weight") for name in updates}
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    modules = [path for path in paths.values() if path in linear]
+    packed = any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters())
+    packed = packed or any(name.endswith("experts.gate_up_proj") for name in updates)
+    as_experts = [path for path in modules if packed and path.endswith(("gate_proj", "up_proj", "down_proj"))]
+    entries = asdict(config)
+
+    # One that learns lengths or starts from singular vectors cannot be written by weights.
+    if as_experts and not config.use_dora and config.init_lora_weights is True:
+        entries["target_modules"] = [path for path in modules if path not in as_experts]
+        parameters = [name for name, path in paths.items() if path not in modules or path in as_experts]
+        entries.update(target_parameters=parameters, lora_dropout=0.0)
+    elif isinstance(config.target_modules, str):
+        entries["target_modules"] = modules
+    return entries
+
+
 def save_lora(model: nn.Module, folder: str | Path, name: str = "default", base_model: str | None = None) -> None:
     """Write an adapter as `peft` does, with the name of the model that it is for."""
     updates: dict[str, Any] = {place: lora[name] for place, lora in _layers(model, name).items() if name in lora}
-    config = {**asdict(next(iter(updates.values())).config), "base_model_name_or_path": base_model}
+    config = {**_config_for_peft(model, updates), "base_model_name_or_path": base_model}
     text = json.dumps({**config, "peft_type": "LORA", "task_type": "CAUSAL_LM"}, indent=2)
     tensors = {key: tensor.detach().contiguous() for key, tensor in _in_file(updates).items()}
     Path(folder).mkdir(parents=True, exist_ok=True)

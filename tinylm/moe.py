@@ -55,7 +55,6 @@ class Router(nn.Module):
             "n_group": (n > 0 and E % n == 0, f"make it divide num_experts={E}"),
             "topk_group": (0 < kept <= n, f"use 1 to n_group={n}"),
             "num_experts_per_tok": (0 < k <= most, f"use 1 to {most}, the experts that a token can choose from"),
-            "norm_topk_prob": (k > 1 or not self.norm_topk_prob, "the only weight is always 1 then, use False"),
             "scoring_func": (self.scoring_func in SCORES, f"use one of {', '.join(SCORES)}"),
             "routed_scaling_factor": (self.routed_scaling_factor > 0, "use a number above 0"),
             "router_jitter_noise": (0 <= self.router_jitter_noise < 1, "use 0 or more and less than 1"),

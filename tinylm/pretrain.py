@@ -687,6 +687,11 @@ def pretrain(config: PretrainConfig, trainer: Callable[..., Trainer] = Trainer) 
     """The main job: data, model, training; leaves a folder with all there is to know about the run."""
 
     def make(config: PretrainConfig) -> Trainer:
+        # Published models with such a router are opened; one that starts to learn would get no gradient.
+        shape = config.model
+        if shape.num_experts and shape.num_experts_per_tok == 1 and shape.norm_topk_prob:
+            remedy = "the only weight of an answer is always 1, so the router learns nothing; use False"
+            raise ValueError(f"model.norm_topk_prob=True with model.num_experts_per_tok=1: {remedy}")
         rank, world_size = join_processes(choose_device(config.train.device))
         if rank == 0:
             prepare(config.data)

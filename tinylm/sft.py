@@ -182,11 +182,11 @@ class SFTConfig(TuneConfig):
 
 # %% ../nbs/13_sft.ipynb #062131cc
 def open_base(config: Any) -> tuple[TinyLM, Tokenizer]:
-    """Model and tokenizer of a run, with an adapter if one is asked for."""
+    """Model and tokenizer of a run or of any checkpoint that can be opened, with an adapter if one is asked for."""
     run, data = Path(config.run), config.data
     alone = (run / "adapter_config.json").exists() and "is an adapter without its base; give the folder that it is in"
     missing = alone or f"holds no trained model; `tinylm pretrain --out {run}` makes one"
-    check(config, {"run": ((run / "config.json").exists(), missing)})
+    check(config, {"run": (run.is_file() or (run / "config.json").exists(), missing)})
     model, tokenizer = TinyLM.from_pretrained(run), Tokenizer.from_pretrained(run)
     if config.chatml:
         tokenizer.hf_tokenizer.chat_template = CHATML_TEMPLATE

@@ -7,6 +7,7 @@ __all__ = ['SPECIAL_TOKENS', 'CHATML_TEMPLATE', 'LONGEST_WORD', 'CONTEXT', 'GENE
            'render_chat']
 
 # %% ../nbs/00_tokenizer.ipynb #aa4faa0b
+import json
 import os
 import re
 import sys
@@ -105,6 +106,16 @@ def looks_like_path(name: str) -> bool:
     return begins or name.endswith("/") or name.count("/") > 1 or "\\" in name or in_a_folder
 
 # %% ../nbs/00_tokenizer.ipynb #e2c09458
+def _use_old_names(file: Path) -> None:
+    """Name class and special tokens as `transformers` 4 does; version 5 reads these names too."""
+    config = json.loads(file.read_text("utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+# %% ../nbs/00_tokenizer.ipynb #5abf5b51
 class Tokenizer:
     """Any fast Hugging Face tokenizer: trained, loaded, saved; plain text, documents and chats to ids and back."""
 
@@ -157,7 +168,11 @@ class Tokenizer:
         if not Path(name_or_folder).expanduser().exists() and looks_like_path(str(name_or_folder)):
             raise ValueError(f"name_or_folder={str(name_or_folder)!r}: there is no such folder; check its spelling")
         try:
-            hf_tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+            path = Path(name_or_folder)
+            if path.is_file():  # a GGUF file holds its tokenizer
+                hf_tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            else:
+                hf_tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
         except (OSError, ValueError) as error:
             remedy = "give a folder with a tokenizer.json, or a name of the Hugging Face hub (is it reachable?)"
             raise ValueError(f"name_or_folder={str(name_or_folder)!r} holds no tokenizer: {remedy}") from error
@@ -166,6 +181,7 @@ class Tokenizer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files that `transformers.AutoTokenizer.from_pretrained(folder)` reads."""
         self.hf_tokenizer.save_pretrained(folder)
+        _use_old_names(Path(folder) / "tokenizer_config.json")
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, with nothing put around them; many texts at once use all processors."""
