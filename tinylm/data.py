@@ -221,6 +221,7 @@ def load_documents(config: DataConfig) -> tuple[Documents, Documents]:
         text = record.get(name := config.text_column)
         if not isinstance(text, str):
             raise ValueError(f"has {text!r} for text in {name!r}; give a text_column with text, of {sorted(record)}")
+        text = text.removeprefix("\ufeff")  # a byte-order mark says how a file is encoded, and is no part of its text
         return Story(text, np.nan) if text else None
 
     return read_splits(config, text_of)
@@ -282,6 +283,7 @@ def prepare(config: DataConfig, validation_only: bool = False) -> Prepared:
         with _new_folder(folder) as new:
             make = TOKENIZERS.get(config.tokenizer, lambda config, *_: Tokenizer.from_pretrained(config.tokenizer))
             made = make(config, train, validation)
+            made.add_start_token()  # as every document begins
             made.save_pretrained(new / "tokenizer")
             mark = hashlib.sha256((new / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()[:16]
             if validation_only:

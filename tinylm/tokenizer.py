@@ -10,10 +10,12 @@ import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 
 # %% ../nbs/00_tokenizer.ipynb #4cfb22d1
 SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
@@ -48,6 +50,11 @@ class Tokenizer:
         self.hf_tokenizer, self.eos_token_id = hf_tokenizer, hf_tokenizer.eos_token_id
         ids = hf_tokenizer.bos_token_id, hf_tokenizer.pad_token_id  # where a model has none, the end serves
         self.bos_token_id, self.pad_token_id = (self.eos_token_id if i is None else i for i in ids)
+        # Files without any rule about special tokens get ours; a rule that their makers wrote stays.
+        rule = hf_tokenizer.backend_tokenizer.post_processor
+        empty = isinstance(rule, (NoneType, TemplateProcessing)) and not hf_tokenizer.num_special_tokens_to_add()
+        if empty and "add_bos_token" not in hf_tokenizer.init_kwargs and hf_tokenizer.bos_token_id is not None:
+            self.add_start_token()
 
     @classmethod
     def train(
@@ -91,6 +98,16 @@ class Tokenizer:
             remedy = "give a folder with a tokenizer.json, or a name of the Hugging Face hub (is it reachable?)"
             raise ValueError(f"name_or_folder={str(name_or_folder)!r} holds no tokenizer: {remedy}") from error
         return cls(hf_tokenizer)
+
+    def add_start_token(self) -> None:
+        """Let `transformers` and others put the start token before a text, once, as `encode_document` does."""
+        hf_tokenizer = self.hf_tokenizer
+        hf_tokenizer.bos_token = hf_tokenizer.convert_ids_to_tokens(self.bos_token_id)
+        rule = hf_tokenizer.backend_tokenizer.encode("", add_special_tokens=True).ids
+        if rule != [self.bos_token_id]:
+            hf_tokenizer.add_eos_token = False
+            hf_tokenizer.add_bos_token = True  # this makes the post-processor of tokenizer.json ...
+            hf_tokenizer.init_kwargs.update(add_bos_token=True, add_eos_token=False)  # ... and this says so beside it
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files that `transformers.AutoTokenizer.from_pretrained(folder)` reads."""
