@@ -311,7 +311,7 @@ class Chat:
         asked, said = [*self.messages, {"role": "user", "content": text}], ""
         prompt = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True)
         how = replace(self.config, seed=self.config.seed + len(asked))
-        for piece in stream(self.model, self.tokenizer, prompt, how, ("<|im_end|>",)):
+        for piece in stream(self.model, self.tokenizer, prompt, how, ("<|im_end|>",), continues=False):
             said += piece
             yield piece
         self.messages = [*asked, {"role": "assistant", "content": said}]
