@@ -25,7 +25,7 @@ from .cli import build, parse_flags, read_recipe, take_flag
 from .data import prepare
 from .evaluate import T95
 from .model import flops_per_token
-from .pretrain import PretrainConfig, Trainer, TrainingDiverged, pretrain
+from .pretrain import PretrainConfig, Trainer, TrainingDiverged, pretrain, with_full_paths
 
 # %% ../nbs/18_experiments.ipynb #80ec89ee
 def interval(values: list[float], minus: list[float] | None = None) -> tuple[float, float]:
@@ -67,7 +67,7 @@ class Watched(Trainer):
 def run_one(config: PretrainConfig, rivals: list[dict[int, float]], judge_from: float = 1.0) -> dict:
     """Train, finish what was interrupted, or read the result of a run; `excess` is None if it was stopped."""
     out, status = Path(config.out), "finished"
-    if (saved := out / "config.yaml").exists() and read_recipe(str(saved)) != config:
+    if (saved := out / "config.yaml").exists() and read_recipe(str(saved)) != with_full_paths(config):
         raise ValueError(f"out={config.out!r} holds a run of another recipe; use another out, or delete it")
     if (result := out / "result.json").exists():
         return json.loads(result.read_text("utf-8"))

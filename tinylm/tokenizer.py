@@ -39,6 +39,9 @@ def _wrap(backend: tokenizers.Tokenizer):
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names, **options)
 
 # %% ../nbs/00_tokenizer.ipynb #e2c09458
+_SURROGATE = re.compile("[\ud800-\udfff]")  # no character: what Python makes of bytes that are not UTF-8
+
+
 class Tokenizer:
     """Any fast Hugging Face tokenizer: trained, loaded, saved; plain text, documents and chats to ids and back."""
 
@@ -115,6 +118,11 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, with nothing put around them; many texts at once use all processors."""
+        for text in texts:
+            if not text.isascii() and (broken := _SURROGATE.search(text)):
+                before = text[max(0, broken.start() - 20) : broken.start()]
+                where = f"behind {before!r}" if before else "at its beginning"
+                raise ValueError(f"text is not UTF-8 {where} ({broken[0]!r}): write it in UTF-8")
         backend = self.hf_tokenizer.backend_tokenizer
         if isinstance(backend.model, models.WordLevel):  # character level: anything else has a way to write any text
             if unknown := sorted(set("".join(texts)) - self.hf_tokenizer.get_vocab().keys()):
