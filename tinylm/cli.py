@@ -161,7 +161,7 @@ def read_config(run: Path) -> tuple[Path, dict] | None:
 
 
 def beside_run(path: str, run: Path, out: str) -> str | None:
-    """Find a path of a run's config.yaml, written when the run was made in `out`; None if nothing is there now."""
+    """Find what a run's config.yaml calls `path`, as seen from where the run was made (`out`); None if it is gone."""
     place, origin = Path(path).expanduser(), Path(out).expanduser()
     if place.is_absolute() == origin.is_absolute():
         way = os.path.relpath(place, origin)
@@ -169,7 +169,11 @@ def beside_run(path: str, run: Path, out: str) -> str | None:
             seen_from_run = os.path.normpath(folder / way)
             if os.path.exists(seen_from_run):
                 return seen_from_run
-    return str(place) if place.is_absolute() and place.exists() else None
+    if not place.exists():
+        return None
+    if not place.is_absolute():  # such as for a copy of the run alone
+        print(f"tinylm: {path} is not where it was, seen from {run}: the one in this folder is taken", file=sys.stderr)
+    return str(place)
 
 
 def trained_from(run: Path) -> tuple[Path, dict] | None:
@@ -201,7 +205,7 @@ def pretrained_by(run: Path) -> Any:
     # A name that is a path nowhere is a dataset of the hub.
     there = beside_run(path, folder, values.get("out", ""))
     is_file = Path(path).suffix.lower() in BUILDERS or path.startswith((".", "~", "/"))
-    if there is None and (is_file or Path(path).exists()):
+    if there is None and is_file:
         remedy = "put it back, or give --data.path (None: the built-in stories)"
         raise ValueError(f"run='{run}' was trained on data.path={path!r}, which is not where it was: {remedy}")
     return replace(config, data=replace(config.data, path=there or path))
@@ -261,6 +265,7 @@ def run_evaluate(argv: list[str]) -> None:
     """Measure models: tinylm evaluate [RUN ...]; loss, distance to the floor, questions in stories and as chats."""
     from tinylm.data import DataConfig, prepare_validation
     from tinylm.evaluate import compare, evaluate, write_reports
+    from tinylm.generate import check_vocabulary
 
     @dataclass
     class Flags:
@@ -286,6 +291,7 @@ def run_evaluate(argv: list[str]) -> None:
     reports = {}
     for run in runs:  # each cuts the text up with its own tokenizer
         model, tokenizer = open_model(run, flags.device)
+        check_vocabulary(model, tokenizer, f"run='{run}': its tokenizer")
         prepared = prepare_validation(flags.data, str(run.resolve()))._replace(tokenizer=tokenizer)
         reports[str(run)] = evaluate(model, prepared, flags.data.seq_len, question_stories=flags.stories)
     write_reports(reports, out := Path(flags.out or runs[-1] / "report"))

@@ -6,7 +6,8 @@
 __all__ = ['sample', 'throw_darts', 'apply_temperature', 'apply_top_k', 'apply_top_p', 'apply_min_p', 'apply_repetition_penalty',
            'SamplingConfig', 'process_logits', 'start', 'next_logits', 'evaluation_mode', 'end_tokens',
            'generate_steps', 'generate', 'longer_texts', 'beam_search', 'keep_or_replace', 'speculative_steps',
-           'speculative_generate', 'packed', 'last_tokens', 'TextStream', 'encode_prompt', 'stream', 'generate_text']
+           'speculative_generate', 'packed', 'last_tokens', 'TextStream', 'encode_prompt', 'check_vocabulary', 'stream',
+           'generate_text']
 
 # %% ../nbs/08_generate.ipynb #aa1fcf0e
 import inspect
@@ -351,6 +352,14 @@ class TextStream:
 def encode_prompt(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
     """Put the start token before a text; take token ids as they are."""
     return [tokenizer.bos_token_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+
+
+def check_vocabulary(model: TinyLM, tokenizer: Tokenizer, what: str = "the tokenizer") -> None:
+    """Raise if a tokenizer has ids for which a model has no row."""
+    rows, tokens = model.config.vocab_size, len(tokenizer)
+    if tokens > rows:
+        remedy = "use the tokenizer that the model was trained with"
+        raise ValueError(f"{what} has {tokens} tokens, but the model has rows for {rows} (vocab_size): {remedy}")
 
 
 def stream(

@@ -106,8 +106,10 @@ class Tokenizer:
         """Let `transformers` and others put the start token before a text, once, as `encode_document` does."""
         hf_tokenizer = self.hf_tokenizer
         hf_tokenizer.bos_token = hf_tokenizer.convert_ids_to_tokens(self.bos_token_id)
-        rule = hf_tokenizer.backend_tokenizer.encode("", add_special_tokens=True).ids
-        if rule != [self.bos_token_id]:
+        backend = hf_tokenizer.backend_tokenizer
+        text = backend.decode([len(self) - 1])  # one that the tokenizer can write, also one of characters
+        with_rule, alone = (backend.encode(text, add_special_tokens=flag).ids for flag in (True, False))
+        if with_rule != [self.bos_token_id, *alone]:
             hf_tokenizer.add_eos_token = False
             hf_tokenizer.add_bos_token = True  # this makes the post-processor of tokenizer.json ...
             hf_tokenizer.init_kwargs.update(add_bos_token=True, add_eos_token=False)  # ... and this says so beside it
