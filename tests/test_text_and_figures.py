@@ -124,12 +124,20 @@ def test_nothing_is_measured_on_other_text_silently(place, monkeypatch, tmp_path
     capsys.readouterr()
     assert call("evaluate runs/base") == 2
     assert "data.path='tales.jsonl', which is not where it was" in capsys.readouterr().err
+    shutil.rmtree("runs")
     assert call("evaluate alone") == 2
     assert "was tuned from run='runs/base', which is not there" in capsys.readouterr().err
     shutil.copy(place / "tales.jsonl", "other.jsonl")
     assert call("evaluate alone --data.path other.jsonl --data.seq-len 48") == 0
     assert call("info --run alone") == 0
     assert "FLOPs per token at 48 tokens" in capsys.readouterr().out
+
+
+def test_a_copy_of_a_run_says_that_it_takes_the_text_of_this_folder(place, capsys):
+    shutil.copytree("runs/base", "copied")
+    capsys.readouterr()
+    assert call("evaluate copied") == 0
+    assert "tales.jsonl is not where it was, seen from copied: the one in this folder" in capsys.readouterr().err
 
 
 def test_a_model_from_elsewhere_says_what_it_is_measured_on(place, capsys):
