@@ -4,8 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'recipe_names', 'nearest', 'build', 'read_recipe', 'parse_flags', 'take_flag', 'find_run', 'open_model',
-           'pretrained_by', 'table', 'run_pretrain', 'run_generate', 'run_evaluate', 'describe', 'run_info', 'tune',
-           'run_sft', 'run_dpo', 'Chat', 'run_chat', 'run_export', 'type_and_run', 'run_speedrun', 'run_sweep', 'main']
+           'read_config', 'beside_run', 'trained_from', 'pretrained_by', 'table', 'run_pretrain', 'run_generate',
+           'run_evaluate', 'describe', 'run_info', 'tune', 'run_sft', 'run_dpo', 'Chat', 'run_chat', 'run_export',
+           'type_and_run', 'run_speedrun', 'run_sweep', 'check_words', 'use_text_streams', 'leave_quietly',
+           'print_help', 'main']
 
 # %% ../nbs/16_cli.ipynb #1110abc8
 import argparse
@@ -111,6 +113,7 @@ def parse_flags(default: Any, argv: list[str], command: Callable) -> Any:
             return tyro.cli(type(default), args=argv, default=default, prog=name, description=command.__doc__)
     except SystemExit as stop:
         if not stop.code:
+            sys.stdout.flush()
             raise
         raise ValueError(_one_line(message.getvalue())) from None
 
@@ -144,12 +147,68 @@ def open_model(run: Path, device: str) -> tuple[Any, Any]:
     return model.to(choose_device(device)), tokenizer
 
 
+def read_config(run: Path) -> tuple[Path, dict] | None:
+    """The folder of a run, also for one of its checkpoints, and what its config.yaml says; None if it has none."""
+    parents = run.absolute().parents
+    folder = parents[1] if len(parents) > 1 and parents[0].name == "checkpoints" else run
+    path = folder / "config.yaml"
+    if not path.exists():
+        return None
+    values = yaml.safe_load(path.read_text("utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no fields: it is damaged, or no recipe of a run")
+    return folder, values
+
+
+def beside_run(path: str, run: Path, out: str) -> str | None:
+    """Find what a run's config.yaml calls `path`, as seen from where the run was made (`out`); None if it is gone."""
+    place, origin = Path(path).expanduser(), Path(out).expanduser()
+    if place.is_absolute() == origin.is_absolute():
+        way = os.path.relpath(place, origin)
+        for folder in (Path(os.path.abspath(run)), run.resolve()):
+            seen_from_run = os.path.normpath(folder / way)
+            if os.path.exists(seen_from_run):
+                return seen_from_run
+    if not place.exists():
+        return None
+    if not place.is_absolute():  # such as for a copy of the run alone
+        print(f"tinylm: {path} is not where it was, seen from {run}: the one in this folder is taken", file=sys.stderr)
+    return str(place)
+
+
+def trained_from(run: Path) -> tuple[Path, dict] | None:
+    """The run in which the model of a run was pretrained, and its config; None for a checkpoint from elsewhere."""
+    found = read_config(run)
+    if found is None or not found[1].get("run"):
+        return found
+    folder, values = found
+    base = beside_run(values["run"], folder, values.get("out", ""))
+    if base is None:
+        remedy = "put it back, or say with --data.path what to measure on (None: the built-in stories)"
+        raise ValueError(f"run='{run}' was tuned from run='{values['run']}', which is not there: {remedy}")
+    return trained_from(Path(base))
+
+
 def pretrained_by(run: Path) -> Any:
     """The recipe by which the model of a run was pretrained; for a checkpoint from elsewhere, the default."""
-    if not (path := run / "config.yaml").exists():
+    from tinylm.data import BUILDERS
+
+    found = trained_from(run)
+    if found is None:
         return read_recipe("default")
-    base = yaml.safe_load(path.read_text("utf-8")).get("run")
-    return pretrained_by(Path(base)) if base else read_recipe(str(path))
+    folder, values = found
+    config = read_recipe(str(folder / "config.yaml"))
+    path = config.data.path
+    if path is None:
+        return config
+
+    # A name that is a path nowhere is a dataset of the hub.
+    there = beside_run(path, folder, values.get("out", ""))
+    is_file = Path(path).suffix.lower() in BUILDERS or path.startswith((".", "~", "/"))
+    if there is None and is_file:
+        remedy = "put it back, or give --data.path (None: the built-in stories)"
+        raise ValueError(f"run='{run}' was trained on data.path={path!r}, which is not where it was: {remedy}")
+    return replace(config, data=replace(config.data, path=there or path))
 
 
 def table(rows: list[tuple[str, str]]) -> str:
@@ -204,8 +263,9 @@ def run_generate(argv: list[str]) -> None:
 
 def run_evaluate(argv: list[str]) -> None:
     """Measure models: tinylm evaluate [RUN ...]; loss, distance to the floor, questions in stories and as chats."""
-    from tinylm.data import DataConfig, prepare
+    from tinylm.data import DataConfig, prepare_validation
     from tinylm.evaluate import compare, evaluate, write_reports
+    from tinylm.generate import check_vocabulary
 
     @dataclass
     class Flags:
@@ -217,11 +277,22 @@ def run_evaluate(argv: list[str]) -> None:
     names: list = list(takewhile(lambda word: not word.startswith("-"), argv))
     name, rest = take_flag(argv[len(names) :], "--run")
     runs = [] if {"-h", "--help"} & set(rest) else [find_run(run) for run in names or [name]]
-    flags = parse_flags(Flags(pretrained_by(Path(*runs[:1])).data), rest, run_evaluate)
+    other_text = any(word.partition("=")[0] == "--data.path" for word in rest)
+    trained_on = read_recipe("default")
+    try:
+        trained_on = pretrained_by(runs[0]) if runs else trained_on
+    except ValueError:
+        if not other_text:  # else it does not matter that the text of the training is not there
+            raise
+    flags = parse_flags(Flags(trained_on.data), rest, run_evaluate)
+    if runs and not other_text and trained_from(runs[0]) is None:
+        remedy = "measured on the built-in stories; --data.path gives other text"
+        print(f"tinylm: {runs[0]} has no config.yaml that says what it was trained on: {remedy}", file=sys.stderr)
     reports = {}
     for run in runs:  # each cuts the text up with its own tokenizer
-        prepared = prepare(replace(flags.data, tokenizer=str(run.resolve())), validation_only=True)
-        model, _ = open_model(run, flags.device)
+        model, tokenizer = open_model(run, flags.device)
+        check_vocabulary(model, tokenizer, f"run='{run}': its tokenizer")
+        prepared = prepare_validation(flags.data, str(run.resolve()))._replace(tokenizer=tokenizer)
         reports[str(run)] = evaluate(model, prepared, flags.data.seq_len, question_stories=flags.stories)
     write_reports(reports, out := Path(flags.out or runs[-1] / "report"))
     print(compare(reports) if len(reports) > 1 else reports[str(runs[0])], f"\nreport: {out}")
@@ -249,7 +320,9 @@ def run_info(argv: list[str]) -> None:
     elif rest:
         raise ValueError(f"--run shows a model as it is; leave {' '.join(rest)} out, or give a --recipe instead")
     else:
-        config, model = pretrained_by(find_run(run)), open_model(Path(run), "cpu")[0].config
+        config, model = read_recipe("default"), open_model(find_run(run), "cpu")[0].config
+        if found := read_config(Path(run)):
+            config.data.seq_len = (found[1].get("data") or {}).get("seq_len", config.data.seq_len)
     for title, values in describe(model, config.data.seq_len).items():
         rows = [(f"  {name}", f"{v:,}" if type(v) is int else str(v)) for name, v in values.items()]
         print(f"{title}\n{table(rows)}")
@@ -311,7 +384,7 @@ class Chat:
         asked, said = [*self.messages, {"role": "user", "content": text}], ""
         prompt = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True)
         how = replace(self.config, seed=self.config.seed + len(asked))
-        for piece in stream(self.model, self.tokenizer, prompt, how, ("<|im_end|>",)):
+        for piece in stream(self.model, self.tokenizer, prompt, how, ("<|im_end|>",), continues=False):
             said += piece
             yield piece
         self.messages = [*asked, {"role": "assistant", "content": said}]
@@ -415,19 +488,57 @@ _USE = (run_generate, run_chat, run_evaluate, run_export, run_info)
 COMMANDS = {run.__name__[4:]: run for run in (*_TRAIN, *_USE)}
 
 
+def check_words(words: list[str]) -> None:
+    """Raise for the first word of a command line that is no UTF-8, unless it is the name of a file."""
+    for before, word in zip(["", *words], words):
+        if re.search("[\ud800-\udfff]", word) and not os.path.exists(word):
+            flag, equals, value = word.rpartition("=")
+            flag = flag if equals else before
+            raise ValueError(f"{flag}={os.fsencode(value)!r} is not UTF-8: write the text in UTF-8")
+
+
+def use_text_streams() -> None:
+    """Read standard input without its byte-order mark; let no odd character end a conversation or an output."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no UTF-8 become half characters, which the tokenizer refuses with a line.
+        mark = "utf-8-sig" if sys.stdin.encoding.lower() in ("utf-8", "utf8") else sys.stdin.encoding
+        sys.stdin.reconfigure(encoding=mark, errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def leave_quietly() -> int:
+    """End without a word when nobody reads the output any more, as behind `tinylm generate | head`."""
+    # What is still waiting goes nowhere, or the interpreter would complain about it when it ends.
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141  # as a shell says it of a program that a closed pipe has ended
+
+
+def print_help() -> None:
+    """Print what there is to type."""
+    commands = table([(f"  {command}", str(run.__doc__)) for command, run in COMMANDS.items()])
+    print(f"usage: tinylm COMMAND [--help|--FIELD VALUE ...]\n\n{commands}\n\nrecipes: {', '.join(recipe_names())}")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The `tinylm` command; the exit code is 0, or 2 after a mistake of the user, or 130 if interrupted."""
+    """Run the `tinylm` command: 0, or 2 after a mistake of the user, 130 if interrupted, 141 if its reader left."""
+    if argv is None:
+        use_text_streams()
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in ("-h", "--help"):
-        commands = table([(f"  {command}", str(run.__doc__)) for command, run in COMMANDS.items()])
-        print(f"usage: tinylm COMMAND [--help|--FIELD VALUE ...]\n\n{commands}\n\nrecipes: {', '.join(recipe_names())}")
-        return 0
     mistakes = () if os.environ.get("TINYLM_DEBUG") else (ValueError, OSError, argparse.ArgumentError)
     try:
-        if name not in COMMANDS:
+        if name in ("-h", "--help"):
+            print_help()
+        elif name not in COMMANDS:
             raise ValueError(f"command {name!r} is unknown: {nearest(name, COMMANDS)}")
-        COMMANDS[name](rest)
+        else:
+            check_words(rest)
+            COMMANDS[name](rest)
+        sys.stdout.flush()  # here, where it can be said that nobody reads it
         return 0
+    except BrokenPipeError:
+        return leave_quietly()
     except mistakes as error:
         if not int(os.environ.get("RANK", 0)):
             print("tinylm: error:", " ".join(str(error).split()), file=sys.stderr)

@@ -6,7 +6,8 @@
 __all__ = ['Documents', 'BUILDERS', 'READERS', 'FILE_SUFFIXES', 'TOKENIZERS', 'GROUP', 'CHECKSUMS', 'KEPT', 'Prepared',
            'TokenFile', 'write_tokens', 'DataConfig', 'find_files', 'read_text', 'read_json', 'read_parquet',
            'LocalSplit', 'open_splits', 'open_hub', 'convert_records', 'hold_out', 'read_splits', 'load_documents',
-           'tokenise', 'cache_key', 'prepare', 'cut', 'best_fit', 'plan_epoch', 'fill_batch', 'Batches']
+           'tokenise', 'tokenizer_mark', 'cache_key', 'cache_folder', 'prepare', 'prepare_validation', 'cut',
+           'best_fit', 'plan_epoch', 'fill_batch', 'Batches']
 
 # %% ../nbs/10_data.ipynb #7a44cf96
 import hashlib
@@ -20,7 +21,7 @@ from bisect import bisect
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import chain, groupby, islice
 from operator import itemgetter
@@ -328,6 +329,7 @@ def load_documents(config: DataConfig) -> tuple[Documents, Documents]:
         text = record.get(name := config.text_column)
         if not isinstance(text, str):
             raise ValueError(f"has {text!r} for text in {name!r}; give a text_column with text, of {sorted(record)}")
+        text = text.removeprefix("\ufeff")  # a byte-order mark says how a file is encoded, and is no part of its text
         return Story(text, np.nan) if text else None
 
     return read_splits(config, text_of)
@@ -391,16 +393,35 @@ def tokenise(
     return {"documents": len(file), "tokens": len(file.ids), "targets": file.num_targets} | seen | known
 
 # %% ../nbs/10_data.ipynb #6300558e
+def tokenizer_mark(tokenizer: Tokenizer) -> str:
+    """Name all that decides into which ids a tokenizer cuts a text, in a few letters."""
+    rules = json.loads(tokenizer.hf_tokenizer.backend_tokenizer.to_str())
+    parts = [rules[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return hashlib.sha256(json.dumps([parts, special]).encode()).hexdigest()[:16]
+
+
 def cache_key(config: DataConfig) -> dict[str, Any]:
     """All that decides what the tokens are: fields, local files with their sizes and times, and the code."""
-    unused = ["seq_len", "streaming", "cache_dir", *(["stories", "validation_stories", "seed"] if config.path else [])]
+    # What the text and its tokens do not depend on.
+    unused = ["seq_len", "streaming", "cache_dir"]
+    if config.path is not None:
+        unused += ["stories", "validation_stories", "seed"]
+    fields = {name: value for name, value in asdict(config).items() if name not in unused}
     modules = [inspect.getfile(Tokenizer), *([] if config.path else [inspect.getfile(stories)])]
     code = b"".join(Path(module).read_bytes() for module in modules)
-    roots = [Path(path).expanduser().resolve() for path in (config.path, config.tokenizer) if path is not None]
-    found = chain.from_iterable([root] if root.is_file() else sorted(root.rglob("*")) for root in roots)
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found if path.is_file()]
-    key = {"format": TokenFile.FORMAT, "code": hashlib.sha256(code).hexdigest()[:16], "files": files}
-    return key | {name: value for name, value in asdict(config).items() if name not in unused}
+    key = {"format": TokenFile.FORMAT, "code": hashlib.sha256(code).hexdigest()[:16]}
+
+    # Of a tokenizer in a folder what it does counts: other files there, such as a report, come and go.
+    if config.tokenizer not in TOKENIZERS and Path(config.tokenizer).is_dir():
+        fields["tokenizer"] = tokenizer_mark(Tokenizer.from_pretrained(config.tokenizer))
+
+    # Of a folder with text the files that are read.
+    root = Path(config.path or "").expanduser().resolve() if config.path else None
+    paths = [] if root is None else [root] if root.is_file() else sorted(root.rglob("*"))
+    paths = [path for path in paths if path.suffix.lower() in BUILDERS and path.is_file()]
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return {**key, "files": files, **fields}
 
 
 CHECKSUMS = "checksums.json"  # the list of them, in a folder of the cache
@@ -456,18 +477,26 @@ def _discard(folder: Path, damaged: str) -> None:
 Prepared = namedtuple("Prepared", "folder tokenizer train validation meta")
 
 
-def prepare(config: DataConfig, validation_only: bool = False) -> Prepared:
-    """Load, make the tokenizer, tokenise, once for each `cache_key`; `validation_only`: hardly any training text."""
+def cache_folder(config: DataConfig, validation_only: bool = False) -> tuple[Path, dict[str, Any]]:
+    """Where the tokens of a `cache_key` are kept, if they were made before, and that key."""
     cache = Path(config.cache_dir or os.environ.get("TINYLM_CACHE") or "~/.cache/tinylm").expanduser()
     key = cache_key(config) | {"validation_only": validation_only}
-    folder = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    if folder.exists() and (damaged := _damaged_file(folder)):
+    counts = {**key, "path": "local"} if key["files"] else key  # the files count, not how their path was typed
+    return cache / hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:16], key
+
+
+def prepare(config: DataConfig, validation_only: bool = False) -> Prepared:
+    """Load, make the tokenizer, tokenise, once for each `cache_key`; `validation_only`: hardly any training text."""
+    folder, key = cache_folder(config, validation_only)
+    damaged = _damaged_file(folder) if folder.exists() else None
+    if damaged:
         _discard(folder, damaged)
     if not folder.exists():
         train, validation = load_documents(config)
         with _new_folder(folder) as new:
             make = TOKENIZERS.get(config.tokenizer, lambda config, *_: Tokenizer.from_pretrained(config.tokenizer))
             made = make(config, train, validation)
+            made.add_start_token()  # as every document begins
             made.save_pretrained(new / "tokenizer")
             mark = hashlib.sha256((new / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()[:16]
             if validation_only:
@@ -478,6 +507,15 @@ def prepare(config: DataConfig, validation_only: bool = False) -> Prepared:
             _write_checksums(new)
     tokenizer, meta = Tokenizer.from_pretrained(folder / "tokenizer"), (folder / "meta.json").read_text("utf-8")
     return Prepared(folder, tokenizer, TokenFile(folder / "train"), TokenFile(folder / "validation"), json.loads(meta))
+
+
+def prepare_validation(config: DataConfig, tokenizer_folder: str) -> Prepared:
+    """Prepare the validation part in the tokens of a trained model: those of its training if they are still there."""
+    if cache_folder(config)[0].exists():
+        prepared = prepare(config)
+        if tokenizer_mark(prepared.tokenizer) == tokenizer_mark(Tokenizer.from_pretrained(tokenizer_folder)):
+            return prepared
+    return prepare(replace(config, tokenizer=tokenizer_folder), validation_only=True)
 
 # %% ../nbs/10_data.ipynb #1606b455
 def cut(offsets: np.ndarray, seq_len: int, shift: int = 0) -> tuple[np.ndarray, np.ndarray]:

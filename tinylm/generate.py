@@ -6,7 +6,8 @@
 __all__ = ['sample', 'throw_darts', 'apply_temperature', 'apply_top_k', 'apply_top_p', 'apply_min_p', 'apply_repetition_penalty',
            'SamplingConfig', 'process_logits', 'start', 'next_logits', 'evaluation_mode', 'end_tokens',
            'generate_steps', 'generate', 'longer_texts', 'beam_search', 'keep_or_replace', 'speculative_steps',
-           'speculative_generate', 'packed', 'TextStream', 'encode_prompt', 'stream', 'generate_text']
+           'speculative_generate', 'packed', 'last_tokens', 'TextStream', 'encode_prompt', 'check_vocabulary', 'stream',
+           'generate_text']
 
 # %% ../nbs/08_generate.ipynb #aa1fcf0e
 import inspect
@@ -289,23 +290,56 @@ def _certain(text: str, stop_strings: Sequence[str], last: bool = False) -> tupl
     return (min(found)[1], True) if found else (len(text) - max(begun, default=0), False)
 
 
+def last_tokens(tokenizer: Tokenizer, prompt_ids: Sequence[int], count: int = 8) -> list[int]:
+    """The last few tokens of a prompt, those after its last special token: with them the next token is decoded."""
+    recent: list[int] = []
+    special = set(tokenizer.hf_tokenizer.all_special_ids)
+    for token_id in reversed([int(i) for i in prompt_ids[-count:]]):
+        if token_id in special:
+            break
+        recent.insert(0, token_id)
+    return recent
+
+
 class TextStream:
     """Turns tokens into pieces of text, each given out as soon as no later token can change it."""
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), eos_token_id=None):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop_strings: Sequence[str] = (),  # the text ends before the first of these
+        eos_token_id: int | Collection[int] | None = None,  # the text ends at one of these; None: the tokenizer's
+        prompt_ids: Sequence[int] = (),  # what the text goes on from; (): it stands by itself
+    ):
         if isinstance(stop_strings, str) or "" in stop_strings:
             raise ValueError(f"stop_strings={stop_strings!r}: give a list of strings, none of them empty")
         self.tokenizer, self.stop_strings, self.done = tokenizer, stop_strings, False
         self.ends = end_tokens(tokenizer.eos_token_id if eos_token_id is None else eos_token_id)
-        self.ids: list = []  # recent tokens
-        self.known, self.waiting = 0, ""  # how many of them are text already; text that may begin a stop string
+        self.prompt_ids = prompt_ids
+        self.ids: list[int] | None = None  # recent tokens; None: nothing was pushed yet
+        self.known = 0  # how many of them are text already
+        self.waiting = ""  # text that may begin a stop string
+
+    def _begin(self) -> list[int]:
+        """Start with the last tokens of the prompt, all of them text already but a character that is not complete."""
+        ids = last_tokens(self.tokenizer, self.prompt_ids)
+        self.known = len(ids)
+        text = self.tokenizer.decode(ids)
+        written = text.endswith("\ufffd") and self.tokenizer.encode(text) == ids  # the prompt has the sign itself
+        while text.endswith("\ufffd") and not written:
+            self.known -= 1
+            text = self.tokenizer.decode(ids[: self.known])
+        return ids
 
     def push(self, token_id: int | None) -> str:
         """Take one token, or None after the last; give the text that is now certain, often none."""
         if self.done:
             return ""
+        if self.ids is None:
+            self.ids = self._begin()
         last = token_id is None or token_id in self.ends
-        self.ids += [] if last else [token_id]
+        if token_id is not None and not last:
+            self.ids.append(token_id)
         new = self.tokenizer.decode(self.ids)[len(self.tokenizer.decode(self.ids[: self.known])) :]
         if new.endswith("\ufffd") and not last:
             return ""
@@ -320,6 +354,14 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
     return [tokenizer.bos_token_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
 
 
+def check_vocabulary(model: TinyLM, tokenizer: Tokenizer, what: str = "the tokenizer") -> None:
+    """Raise if a tokenizer has ids for which a model has no row."""
+    rows, tokens = model.config.vocab_size, len(tokenizer)
+    if tokens > rows:
+        remedy = "use the tokenizer that the model was trained with"
+        raise ValueError(f"{what} has {tokens} tokens, but the model has rows for {rows} (vocab_size): {remedy}")
+
+
 def stream(
     model: TinyLM,
     tokenizer: Tokenizer,
@@ -328,12 +370,14 @@ def stream(
     stop_strings: Sequence[str] = (),  # the text ends before the first of these
     eos_token_id: int | Collection[int] | None = None,  # the text ends at one of these; None: the tokenizer's
     steps: Callable = generate_steps,  # makes the tokens; or partial(speculative_steps, draft=...)
+    continues: bool = True,  # the text goes on from the prompt; False: it stands by itself, as an answer in a chat
 ) -> Iterator[str]:  # pieces of the new text
     """Continue one prompt and yield the text as it becomes certain."""
     if not inspect.isgeneratorfunction(steps):
         raise ValueError(f"steps={steps}: they must come one by one, and beam search knows none until its end")
-    text = TextStream(tokenizer, stop_strings, eos_token_id)
-    for (token,) in steps(model, prompts=[encode_prompt(tokenizer, prompt)], config=config, eos_token_id=text.ends):
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    text = TextStream(tokenizer, stop_strings, eos_token_id, prompt_ids if continues else ())
+    for (token,) in steps(model, prompts=[prompt_ids], config=config, eos_token_id=text.ends):
         if piece := text.push(token):
             yield piece
         if text.done:
@@ -342,8 +386,9 @@ def stream(
 
 def generate_text(model: TinyLM, tokenizer: Tokenizer, prompts, config, stop_strings=(), eos_token_id=None) -> list:
     """The new text of each prompt of a batch, given as for `stream`; ends when every row has met its end."""
-    streams, texts = [TextStream(tokenizer, stop_strings, eos_token_id) for _ in prompts], [""] * len(prompts)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    streams = [TextStream(tokenizer, stop_strings, eos_token_id, prompt_ids) for prompt_ids in encoded]
+    texts = [""] * len(prompts)
     for tokens in generate_steps(model, encoded, config, streams[0].ends if streams else None):
         texts = [text + stream.push(token) for text, stream, token in zip(texts, streams, tokens)]
         if all(stream.done for stream in streams):

@@ -6,8 +6,8 @@
 __all__ = ['PRECISIONS', 'TRACKERS', 'SCHEDULES', 'OPTIMIZERS', 'Result', 'muon_dtype', 'orthogonalize', 'gathered', 'scattered',
            'Muon', 'choose_precision', 'matmul_precision', 'choose_device', 'join_processes', 'TrainConfig',
            'make_optimizers', 'lr_factor', 'Engine', 'write_folder', 'checkpoints', 'Progress', 'Checkpointed',
-           'plot_loss', 'TrainingDiverged', 'Trainer', 'PretrainConfig', 'check_run', 'save_config', 'make_trainer',
-           'run_identity', 'run_stage', 'pretrain', 'measure_matmul_peak']
+           'plot_loss', 'TrainingDiverged', 'Trainer', 'PretrainConfig', 'check_run', 'with_full_paths', 'save_config',
+           'make_trainer', 'run_identity', 'run_stage', 'pretrain', 'measure_matmul_peak']
 
 # %% ../nbs/11_pretrain.ipynb #40ff3010
 import atexit
@@ -619,6 +619,20 @@ def check_run(out: Path, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"out={str(out)!r} is no run (it has no config.yaml); use another --out")
 
 
+def with_full_paths(config: Any) -> Any:
+    """Write the paths of a recipe in full where its `out` is: then all are seen from the run as before."""
+    if not Path(config.out).expanduser().is_absolute():
+        return config
+
+    def full(path: str | None) -> str | None:
+        there = path is not None and Path(path).expanduser().exists()
+        return os.path.abspath(Path(path).expanduser()) if path is not None and there else path
+
+    data = replace(config.data, path=full(config.data.path), tokenizer=full(config.data.tokenizer))
+    config = replace(config, data=data)
+    return replace(config, run=full(config.run)) if hasattr(config, "run") else config
+
+
 def save_config(out: Path, config: Any) -> None:
     """Write config.yaml, a recipe that does the same again."""
     recipe = {name: value for name, value in asdict(config).items() if name not in ("resume", "overwrite")}
@@ -660,6 +674,7 @@ def run_identity(config: Any) -> dict:
 
 def run_stage(config: Any, make: Callable[[Any], Trainer]) -> Result:
     """A run of any stage: `make` gives the trainer of a recipe; it begins or goes on, and leaves a whole folder."""
+    config = with_full_paths(config)
     train, out = config.train, Path(config.out)
     if train.num_threads is not None:
         torch.set_num_threads(train.num_threads)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from .corpus import Story, stories
 from .data import Batches, DataConfig, read_splits
 from .evaluate import ASKED
+from .generate import check_vocabulary
 from .lora import LoRA, LoraConfig, add_lora, load_lora, merge_lora, save_lora, set_adapter, unmerge_lora
 from .model import IGNORE_INDEX, TinyLM
 from .pretrain import Result, TrainConfig, Trainer, choose_device, join_processes, run_stage
@@ -188,6 +189,7 @@ def open_base(config: Any) -> tuple[TinyLM, Tokenizer]:
     missing = alone or f"holds no trained model; `tinylm pretrain --out {run}` makes one"
     check(config, {"run": (run.is_file() or (run / "config.json").exists(), missing)})
     model, tokenizer = TinyLM.from_pretrained(run), Tokenizer.from_pretrained(run)
+    check_vocabulary(model, tokenizer, f"run={config.run!r}: its tokenizer")
     if config.chatml:
         tokenizer.hf_tokenizer.chat_template = CHATML_TEMPLATE
     if not GENERATION_MARK.search(template := tokenizer.hf_tokenizer.chat_template or ""):

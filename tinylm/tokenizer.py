@@ -15,10 +15,12 @@ import threading
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 
 # %% ../nbs/00_tokenizer.ipynb #4cfb22d1
 SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
@@ -116,6 +118,9 @@ def _use_old_names(file: Path) -> None:
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 # %% ../nbs/00_tokenizer.ipynb #5abf5b51
+_SURROGATE = re.compile("[\ud800-\udfff]")  # no character: what Python makes of bytes that are not UTF-8
+
+
 class Tokenizer:
     """Any fast Hugging Face tokenizer: trained, loaded, saved; plain text, documents and chats to ids and back."""
 
@@ -127,6 +132,11 @@ class Tokenizer:
         self.hf_tokenizer, self.eos_token_id = hf_tokenizer, hf_tokenizer.eos_token_id
         ids = hf_tokenizer.bos_token_id, hf_tokenizer.pad_token_id  # where a model has none, the end serves
         self.bos_token_id, self.pad_token_id = (self.eos_token_id if i is None else i for i in ids)
+        # Files without any rule about special tokens get ours; a rule that their makers wrote stays.
+        rule = hf_tokenizer.backend_tokenizer.post_processor
+        empty = isinstance(rule, (NoneType, TemplateProcessing)) and not hf_tokenizer.num_special_tokens_to_add()
+        if empty and "add_bos_token" not in hf_tokenizer.init_kwargs and hf_tokenizer.bos_token_id is not None:
+            self.add_start_token()
 
     @classmethod
     def train(
@@ -178,6 +188,18 @@ class Tokenizer:
             raise ValueError(f"name_or_folder={str(name_or_folder)!r} holds no tokenizer: {remedy}") from error
         return cls(hf_tokenizer)
 
+    def add_start_token(self) -> None:
+        """Let `transformers` and others put the start token before a text, once, as `encode_document` does."""
+        hf_tokenizer = self.hf_tokenizer
+        hf_tokenizer.bos_token = hf_tokenizer.convert_ids_to_tokens(self.bos_token_id)
+        backend = hf_tokenizer.backend_tokenizer
+        text = backend.decode([len(self) - 1])  # one that the tokenizer can write, also one of characters
+        with_rule, alone = (backend.encode(text, add_special_tokens=flag).ids for flag in (True, False))
+        if with_rule != [self.bos_token_id, *alone]:
+            hf_tokenizer.add_eos_token = False
+            hf_tokenizer.add_bos_token = True  # this makes the post-processor of tokenizer.json ...
+            hf_tokenizer.init_kwargs.update(add_bos_token=True, add_eos_token=False)  # ... and this says so beside it
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files that `transformers.AutoTokenizer.from_pretrained(folder)` reads."""
         self.hf_tokenizer.save_pretrained(folder)
@@ -185,6 +207,11 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, with nothing put around them; many texts at once use all processors."""
+        for text in texts:
+            if not text.isascii() and (broken := _SURROGATE.search(text)):
+                before = text[max(0, broken.start() - 20) : broken.start()]
+                where = f"behind {before!r}" if before else "at its beginning"
+                raise ValueError(f"text is not UTF-8 {where} ({broken[0]!r}): write it in UTF-8")
         backend = self.hf_tokenizer.backend_tokenizer
         if isinstance(backend.model, models.WordLevel):  # character level: anything else has a way to write any text
             if unknown := sorted(set("".join(texts)) - self.hf_tokenizer.get_vocab().keys()):
