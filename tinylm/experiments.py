@@ -24,7 +24,7 @@ from typing import Any
 from .cli import build, parse_flags, read_recipe, take_flag
 from .data import prepare
 from .model import flops_per_token
-from .pretrain import PretrainConfig, Trainer, TrainingDiverged, pretrain
+from .pretrain import PretrainConfig, Trainer, TrainingDiverged, pretrain, read_metrics
 
 # %% ../nbs/18_experiments.ipynb #80ec89ee
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t by degrees of freedom
@@ -78,12 +78,13 @@ def run_one(config: PretrainConfig, rivals: list[dict[int, float]], judge_from: 
             pretrain(replace(config, resume=True), partial(Watched, rivals=rivals, judge_from=judge_from))
     except TrainingDiverged as stop:
         status = str(stop).partition(":")[0]
-    (log := out / "metrics.jsonl").touch()
-    lines = [{"step": 0}] + [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    lines = [{"step": 0}, *read_metrics(out)]
     curve = [[line["step"], line["validation_loss"]] for line in lines if "validation_loss" in line]
     excess = curve[-1][1] - lines[-1].get("floor", 0.0) if status == "finished" else None  # 0: the floor is not known
     row = {"status": status, "steps": lines[-1]["step"], "excess": excess, "curve": curve}
-    result.write_text(json.dumps(row), "utf-8")
+    draft = out / ".result.json"
+    draft.write_text(json.dumps(row), "utf-8")
+    draft.replace(result)
     return row
 
 # %% ../nbs/18_experiments.ipynb #a89c84d8

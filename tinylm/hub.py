@@ -8,7 +8,6 @@ __all__ = ['LAYOUTS', 'ALL_FAMILIES', 'transposed', 'interleaved', 'Layout', 'th
 
 # %% ../nbs/15_hub.ipynb #dea4dbb7
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,18 @@ import torch
 from torch import Tensor
 
 from .generate import SamplingConfig
-from .model import FAMILIES, Block, Family, ModelConfig, TinyLM, _one_line, config_from_hf, config_to_hf
+from tinylm.model import (
+    FAMILIES,
+    Block,
+    Family,
+    ModelConfig,
+    TinyLM,
+    _one_line,
+    config_from_hf,
+    config_to_hf,
+    draft_folder,
+    write_errors,
+)
 from .tokenizer import Tokenizer
 
 # %% ../nbs/15_hub.ipynb #6e19721b
@@ -200,9 +210,7 @@ def save(
     settings = {setting: getattr(sampling, setting) for setting in kept} if sampling else {}
     peer = to_transformers(model, **ids)
     peer.generation_config = _transformers().GenerationConfig(do_sample=drawn, **settings, **ids)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
+    with write_errors(folder, "make room, or give another folder"), draft_folder(folder.resolve().parent) as draft:
         for part in (peer, tokenizer) if tokenizer else (peer,):
             part.save_pretrained(draft)
-        for path in Path(draft).iterdir():
-            path.replace(folder / path.name)
+        draft.replace(folder.resolve())  # in one step, also over an empty folder

@@ -848,7 +848,9 @@ def save_config(out: Path, config: Any) -> None:
     recipe = {name: value for name, value in asdict(config).items() if name not in ("resume", "overwrite")}
     plain = json.loads(json.dumps(recipe))  # tuples become lists, for which YAML needs no tags
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False), "utf-8")
+    draft = out / ".config.yaml"
+    draft.write_text(yaml.safe_dump(plain, sort_keys=False), "utf-8")
+    draft.replace(out / "config.yaml")  # in one step: it is never half-written
 
 
 def make_trainer(config: PretrainConfig, prepared: Prepared, trainer: Callable[..., Trainer] = Trainer) -> Trainer:
