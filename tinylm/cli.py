@@ -468,5 +468,5 @@ def _main(argv: list[str] | None) -> int:
         return 2
     except KeyboardInterrupt as stop:
         if not int(os.environ.get("RANK", 0)):
-            print(f"\ntinylm: {stop or 'interrupted'}", file=sys.stderr)
+            print(f"\ntinylm: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 128 + getattr(stop, "signal_number", signal.SIGINT)
