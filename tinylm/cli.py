@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'recipe_names', 'nearest', 'build', 'read_recipe', 'parse_flags', 'take_flag', 'find_run', 'open_model',
-           'read_config', 'beside_run', 'trained_from', 'pretrained_by', 'table', 'run_pretrain', 'run_generate',
-           'run_evaluate', 'describe', 'run_info', 'tune', 'run_sft', 'run_dpo', 'Chat', 'run_chat', 'run_export',
-           'type_and_run', 'run_speedrun', 'run_sweep', 'check_words', 'use_text_streams', 'leave_quietly',
-           'print_help', 'main']
+           'read_config', 'beside_run', 'trained_from', 'pretrained_by', 'table', 'read_defaults', 'run_pretrain',
+           'run_generate', 'run_evaluate', 'describe', 'run_info', 'tune', 'run_sft', 'run_dpo', 'Chat', 'run_chat',
+           'run_export', 'type_and_run', 'run_speedrun', 'run_sweep', 'check_words', 'use_text_streams',
+           'leave_quietly', 'print_help', 'Terminated', 'main']
 
 # %% ../nbs/16_cli.ipynb #1110abc8
 import argparse
@@ -17,7 +17,9 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -217,14 +219,26 @@ def table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name:{width}s}  {value}" for name, value in rows)
 
 # %% ../nbs/16_cli.ipynb #9b9eee0e
+def read_defaults(argv: list[str], kind: Any = None) -> tuple[Any, list[str]]:
+    """The recipe that flags change, and the flags: with --resume that of the run, else of --recipe or the default."""
+    recipe, rest = take_flag(argv, "--recipe")
+    default = read_recipe(recipe or "default", kind) if recipe or not kind else kind()
+    out = take_flag(rest, "--out")[0] or default.out
+    saved = Path(out) / "config.yaml"
+    if "--resume" not in rest or not saved.exists():
+        return default, rest
+    if recipe:
+        print(f"--resume: what {saved} says, changed by flags, instead of --recipe {recipe}")
+    return replace(read_recipe(str(saved), kind), out=out), rest
+
+
 def run_pretrain(argv: list[str]) -> None:
     """Train a model, and measure it; --recipe NAME or FILE.yaml gives the defaults."""
     from tinylm.evaluate import evaluate
     from tinylm.model import flops_per_token
     from tinylm.pretrain import measure_matmul_peak, pretrain
 
-    recipe, rest = take_flag(argv, "--recipe")
-    config = parse_flags(read_recipe(recipe or "default"), rest, run_pretrain)
+    config = parse_flags(*read_defaults(argv), run_pretrain)
     result, seq_len = pretrain(config), config.data.seq_len
     if int(os.environ.get("RANK", 0)):
         return
@@ -333,8 +347,7 @@ def tune(argv: list[str], kind: Any, stage: Callable, command: Callable) -> None
     from tinylm.corpus import make_corpus
     from tinylm.evaluate import chat
 
-    recipe, rest = take_flag(argv, "--recipe")
-    config = parse_flags(read_recipe(recipe, kind) if recipe else kind(), rest, command)
+    config = parse_flags(*read_defaults(argv, kind), command)
     find_run(config.run)
     result = stage(config)
     if int(os.environ.get("RANK", 0)):
@@ -521,10 +534,30 @@ def print_help() -> None:
     print(f"usage: tinylm COMMAND [--help|--FIELD VALUE ...]\n\n{commands}\n\nrecipes: {', '.join(recipe_names())}")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as Ctrl-C is SIGINT: files are closed and temporary ones removed on the way out."""
+
+    signal_number = signal.SIGTERM
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise Terminated("terminated")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the `tinylm` command: 0, or 2 after a mistake of the user, 130 if interrupted, 141 if its reader left."""
+    """The `tinylm` command; the exit code is 0, 2 after a mistake of the user, or 130 or 143 if a signal ended it."""
     if argv is None:
         use_text_streams()
+    if threading.current_thread() is not threading.main_thread():  # which is the one that gets signals
+        return _main(argv)
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _main(argv)
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _main(argv: list[str] | None) -> int:
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     mistakes = () if os.environ.get("TINYLM_DEBUG") else (ValueError, OSError, argparse.ArgumentError)
     try:
@@ -543,6 +576,7 @@ def main(argv: list[str] | None = None) -> int:
         if not int(os.environ.get("RANK", 0)):
             print("tinylm: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ntinylm: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        if not int(os.environ.get("RANK", 0)):
+            print(f"\ntinylm: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(stop, "signal_number", signal.SIGINT)

@@ -33,6 +33,7 @@ import torch
 from tqdm import tqdm
 
 from .corpus import Story, stories
+from .model import draft_folder
 from .tokenizer import Tokenizer, looks_like_path
 
 # %% ../nbs/10_data.ipynb #95046cdb
@@ -64,9 +65,7 @@ class TokenFile:
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill: it gets its real name in one step when the block is over, and vanishes if that fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
-        (new := Path(temporary, "new")).mkdir()
+    with draft_folder(folder.parent) as new:
         yield new
         with suppress(OSError):  # another process was quicker, and its folder stays
             os.rename(new, folder)

@@ -32,7 +32,7 @@ from .data import DataConfig
 from .generate import SamplingConfig, evaluation_mode, generate
 from .lora import disable_lora
 from .model import IGNORE_INDEX, TinyLM, shift_labels, token_losses
-from .pretrain import Result, TrainConfig, matmul_precision
+from .pretrain import Result, TrainConfig, matmul_precision, read_metrics
 from .sft import ChatTrainer, TuneConfig, check, ends, fine_tune, ramble, read_records, story_chat, to_messages
 from .tokenizer import Tokenizer
 
@@ -265,7 +265,7 @@ def plot_preferences(out: Path) -> Any:  # a matplotlib figure
     """Preference loss, rewards and their margin, accuracy, divergence of a run; dots are validations."""
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+    rows = read_metrics(out)
     curves = {"preference loss": "preference_loss", "reward": "reward_chosen reward_rejected margin"}
     curves |= {"pairs ranked rightly": "accuracy", "KL to the reference (nats)": "kl"}
     figure = Figure(figsize=(9, 5), layout="constrained")
@@ -295,6 +295,8 @@ class DPOConfig(TuneConfig):
     gamma: float = 0.5  # how far apart rewards shall be ("simpo")
     sft_weight: float = 1.0  # so many times the chosen answers' mean loss is added (RPO, ORPO); 0: not at all
     reference: str = "copy"  # "copy", "adapter" (the model without it) or "precomputed"
+
+    command = "dpo"  # of the command line
 
     def __post_init__(self) -> None:
         smooth = 0 <= self.label_smoothing < (0.5 if self.loss in ("sigmoid", "simpo") else 1e-9)

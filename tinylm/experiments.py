@@ -25,7 +25,7 @@ from .cli import build, parse_flags, read_recipe, take_flag
 from .data import prepare
 from .evaluate import T95
 from .model import flops_per_token
-from .pretrain import PretrainConfig, Trainer, TrainingDiverged, pretrain, with_full_paths
+from .pretrain import PretrainConfig, Trainer, TrainingDiverged, pretrain, read_metrics, with_full_paths
 
 # %% ../nbs/18_experiments.ipynb #80ec89ee
 def interval(values: list[float], minus: list[float] | None = None) -> tuple[float, float]:
@@ -76,12 +76,13 @@ def run_one(config: PretrainConfig, rivals: list[dict[int, float]], judge_from: 
             pretrain(replace(config, resume=True), partial(Watched, rivals=rivals, judge_from=judge_from))
     except TrainingDiverged as stop:
         status = str(stop).partition(":")[0]
-    (log := out / "metrics.jsonl").touch()
-    lines = [{"step": 0}] + [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    lines = [{"step": 0}, *read_metrics(out)]
     curve = [[line["step"], line["validation_loss"]] for line in lines if "validation_loss" in line]
     excess = curve[-1][1] - lines[-1].get("floor", 0.0) if status == "finished" else None  # 0: the floor is not known
     row = {"status": status, "steps": lines[-1]["step"], "excess": excess, "curve": curve}
-    result.write_text(json.dumps(row), "utf-8")
+    draft = out / ".result.json"
+    draft.write_text(json.dumps(row), "utf-8")
+    draft.replace(result)
     return row
 
 # %% ../nbs/18_experiments.ipynb #a89c84d8

@@ -7,7 +7,10 @@ __all__ = ['load_model', 'load', 'load_sampling', 'to_transformers', 'save']
 
 # %% ../nbs/15_hub.ipynb #dea4dbb7
 import json
+import re
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,11 @@ from tinylm.model import (
     Layout,
     TinyLM,
     config_to_hf,
+    draft_folder,
     load_transformers,
     old_entries,
     their_tensors,
+    write_errors,
 )
 from .tokenizer import Tokenizer
 
@@ -84,12 +89,10 @@ def save(
     settings = {setting: getattr(sampling, setting) for setting in kept} if sampling else {}
     peer = to_transformers(model, **ids)
     peer.generation_config = load_transformers().GenerationConfig(do_sample=drawn, **settings, **ids)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
+    with write_errors(folder, "make room, or give another folder"), draft_folder(folder.resolve().parent) as draft:
         for part in (peer, tokenizer) if tokenizer else (peer,):
             part.save_pretrained(draft)
         config_file = Path(draft) / "config.json"
         hf = json.loads(config_file.read_text("utf-8"))
         config_file.write_text(json.dumps({**hf, **old_entries(hf)}, indent=2) + "\n", "utf-8")
-        for path in Path(draft).iterdir():
-            path.replace(folder / path.name)
+        draft.replace(folder.resolve())  # in one step, also over an empty folder

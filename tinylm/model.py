@@ -4,26 +4,28 @@
 
 # %% auto #0
 __all__ = ['FEED_FORWARDS', 'IGNORE_INDEX', 'FAMILIES', 'COMPUTED', 'ALL_FAMILIES', 'LAYOUTS', 'PARTS', 'OptionalParts',
-           'ModelConfig', 'Block', 'Decoder', 'shift_labels', 'token_losses', 'linear_cross_entropy', 'TinyLM',
-           'Family', 'write_window', 'config_from_hf', 'old_entries', 'obstacles', 'config_to_hf', 'transposed',
-           'Layout', 'their_tensors', 'fill', 'load_transformers', 'count_parameters', 'flops_by_part',
-           'flops_per_token', 'cache_bytes']
+           'ModelConfig', 'Block', 'find_tokens', 'count_tokens', 'Decoder', 'shift_labels', 'token_losses',
+           'linear_cross_entropy', 'write_errors', 'draft_folder', 'TinyLM', 'Family', 'write_window', 'config_from_hf',
+           'old_entries', 'obstacles', 'config_to_hf', 'transposed', 'Layout', 'their_tensors', 'fill',
+           'load_transformers', 'count_parameters', 'flops_by_part', 'flops_per_token', 'cache_bytes']
 
 # %% ../nbs/05_model.ipynb #acea4932
 import copy
 import json
 import math
 import re
+import shutil
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from .attention import Attention, MLAttention
@@ -53,7 +55,7 @@ class OptionalParts:
     n_group: int = 1  # sigmoid: groups of experts, of which ...
     topk_group: int = 1  # ... so many are open to a token
     routed_scaling_factor: float = 1.0  # sigmoid: multiplies the chosen weights
-    router_aux_loss_coef: float = 0.0  # weight of the load-balancing loss
+    router_aux_loss_coef: float = 0.0  # weight of each layer's load-balancing loss; transformers: of their mean
     seq_aux: bool = False  # that loss is taken of each sequence, not of the batch
     router_z_loss_coef: float = 0.0  # weight of the loss that keeps the router's scores small
     router_jitter_noise: float = 0.0  # the router reads its input times 1 +- so much in training
@@ -192,6 +194,22 @@ class Block(nn.Module):
         return x + (self.mlp(y, token_mask) if isinstance(self.mlp, MoE) else self.mlp(y))
 
 # %% ../nbs/05_model.ipynb #4701fe37
+def find_tokens(document_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+    """Tell words from padding: a (B, T) mask, or None if all are words. Experts are balanced over words only."""
+    return attention_mask if document_ids is None else document_ids >= 0
+
+
+def count_tokens(
+    input_ids: Tensor,  # (B, T) token ids
+    document_ids: Tensor | None = None,  # (B, T) below 0: padding
+    attention_mask: Tensor | None = None,  # (B, T) 0: padding
+    **others: Any,  # whatever else a batch has
+) -> Tensor:  # a number, on the device of the ids
+    """Count the tokens of a batch that are no padding."""
+    mask = find_tokens(document_ids, attention_mask)
+    return torch.tensor(input_ids.numel(), device=input_ids.device) if mask is None else mask.sum()
+
+
 class Decoder(nn.Module):
     """Token ids to vectors: embedding, blocks, final norm. The `model` of every Llama checkpoint."""
 
@@ -222,8 +240,8 @@ class Decoder(nn.Module):
             x = x + self.embed_positions.weight[positions]
         mask = make_mask(T, past + T, self.config.sliding_window, document_ids, attention_mask, input_ids.device)
         inputs = [rope, mask, cache]
-        if self.config.num_experts:  # experts are balanced over words, not over padding
-            token_mask = attention_mask if document_ids is None else document_ids >= 0
+        if self.config.num_experts:
+            token_mask = find_tokens(document_ids, attention_mask)
             inputs.append(token_mask if token_mask is None else token_mask[:, -T:])
         for layer in self.layers:
             x = layer(x, *inputs)
@@ -301,6 +319,41 @@ def _one_line(path: Path, remedy: str = _REMEDY):
         raise ValueError(f"{path} cannot be used ({reason}): {remedy}") from error
 
 
+@contextmanager
+def write_errors(folder: Path, remedy: str) -> Iterator[None]:
+    """Turn whatever stops the writing of a folder, such as a full disk, into one line."""
+    try:
+        yield
+    except ValueError:  # has its line already
+        raise
+    except Exception as error:  # safetensors and tokenizers have kinds of their own
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+        raise ValueError(f"{folder} cannot be written ({reason}); {remedy}") from error
+
+
+@contextmanager
+def draft_folder(parent: Path) -> Iterator[Path]:
+    """Make a hidden folder to fill before it, or what is in it, gets its name; it vanishes afterwards.
+
+    A killed process cannot clean up. So each draft holds a lock, which the system frees however its process ends,
+    and drafts without one are removed here, by the next process that writes to `parent`.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for litter in parent.glob(".writing-*"):
+        with suppress(Timeout, OSError), FileLock(litter / ".lock", timeout=0):
+            shutil.rmtree(litter)
+
+    # Locked before it gets the name by which others look for it.
+    unlocked = Path(tempfile.mkdtemp(dir=parent, prefix=".new-"))
+    with FileLock(unlocked / ".lock", timeout=0):
+        place = unlocked.rename(parent / unlocked.name.replace(".new-", ".writing-"))
+        try:
+            (place / "new").mkdir()
+            yield place / "new"
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+
 class TinyLM(nn.Module):
     """A decoder with a language-modelling head; parameters are named as in Hugging Face's Llama and Qwen3."""
 
@@ -343,12 +396,28 @@ class TinyLM(nn.Module):
         total, count = self.loss_sum(input_ids, labels, **inputs)
         return total / count.clamp(min=1)
 
-    def loss_sum(self, input_ids: Tensor, labels: Tensor, **inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The summed loss in nats and the number of targets; in training with the losses that balance experts."""
-        x, targets = self.model(input_ids, **inputs).flatten(0, 1), shift_labels(labels).flatten()
-        total, count = linear_cross_entropy(x, self.lm_head.weight, targets), (targets != IGNORE_INDEX).sum()
-        if (c := self.config).num_experts and self.training:
-            total = total + count * moe_losses(self, c.router_aux_loss_coef, c.router_z_loss_coef, c.seq_aux)
+    def loss_sum(
+        self,
+        input_ids: Tensor,  # (B, T) token ids
+        labels: Tensor,  # (B, T) unshifted, -100: not predicted
+        targets_per_token: Tensor | None = None,  # of the whole step, if this is a part of it; None: of this batch
+        **inputs: Tensor | None,  # as in `forward`
+    ) -> tuple[Tensor, Tensor]:  # the summed loss in nats, the number of targets
+        """Compute the loss as a sum and a count; in training with the losses that balance experts."""
+        x = self.model(input_ids, **inputs).flatten(0, 1)
+        targets = shift_labels(labels).flatten()
+        total = linear_cross_entropy(x, self.lm_head.weight, targets)
+        count = (targets != IGNORE_INDEX).sum()
+
+        # The mean loss of a step shall hold the balancing losses once. They are means over tokens, so a part of
+        # the step counts by its tokens, and the factor turns tokens into the targets that the sum is divided by.
+        config = self.config
+        if config.num_experts and self.training:
+            weight = count
+            if targets_per_token is not None:
+                weight = targets_per_token * count_tokens(input_ids, **inputs)
+            coefficients = (config.router_aux_loss_coef, config.router_z_loss_coef)
+            total = total + weight * moe_losses(self, *coefficients, config.seq_aux)
         return total, count
 
     def token_losses(self, input_ids: Tensor, labels: Tensor, **inputs: Tensor | None) -> Tensor:
@@ -367,11 +436,11 @@ class TinyLM(nn.Module):
         if self.config.tie_word_embeddings:
             del state["lm_head.weight"]  # the same tensor as embed_tokens.weight
         hf = {**self.config.to_hf(), "dtype": str(self.lm_head.weight.dtype).removeprefix("torch."), **extra}
-        with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
-            save_file(state, Path(draft) / "model.safetensors", metadata={"format": "pt"})
-            (Path(draft) / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+        with draft_folder(folder) as draft:
+            save_file(state, draft / "model.safetensors", metadata={"format": "pt"})
+            (draft / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
             for name in ("model.safetensors", "config.json"):
-                (Path(draft) / name).replace(folder / name)
+                (draft / name).replace(folder / name)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, block: type[Block] = Block) -> "TinyLM":

@@ -165,8 +165,13 @@ def router_z_loss(routing: Routing, token_mask: Tensor) -> Tensor:
     return (routing.logits.logsumexp(-1).square() * token_mask).sum() / token_mask.sum().clamp(min=1)
 
 # %% ../nbs/04_moe.ipynb #72f58262
-def moe_losses(model: nn.Module, router_aux_loss_coef=0.0, router_z_loss_coef=0.0, per_sequence=False):
-    """Load-balancing and z losses of the last pass in training, times their factors, summed over layers: a scalar."""
+def moe_losses(
+    model: nn.Module,  # its `MoE` layers are found
+    router_aux_loss_coef: float = 0.0,  # factor of the load-balancing loss of each layer
+    router_z_loss_coef: float = 0.0,  # factor of the z loss of each layer
+    per_sequence: bool = False,  # balance each sequence, not the batch
+):  # a scalar: the losses of all layers, added up
+    """Add up the load-balancing and z losses of the last pass in training."""
     losses = []
     for layer in model.modules():
         if isinstance(layer, MoE) and layer.last is not None:

@@ -141,11 +141,15 @@ class ChatTrainer(Trainer):
             lora["default"].load_state_dict(lora.pop("saved").state_dict())
         set_adapter(self.model, "default")
 
-    def sample(self) -> str:
-        """How the model answers `sample_prompt` now, or a question about a story if there is none."""
+    def prompt_ids(self) -> list[int]:
+        """Encode the question of samples: `sample_prompt`, or one about a story if there is none."""
         question = self.config.sample_prompt or SAMPLE
-        prompt = self.tokenizer.apply_chat_template(turn(question, "")[:1], add_generation_prompt=True)
-        return f"{question}\n> {self.go_on(prompt, ends(self.tokenizer), temperature=0).strip()}"
+        return self.tokenizer.apply_chat_template(turn(question, "")[:1], add_generation_prompt=True)
+
+    def sample(self) -> str:
+        """How the model answers the question of samples now."""
+        question = self.config.sample_prompt or SAMPLE
+        return f"{question}\n> {self.go_on(self.prompt_ids(), ends(self.tokenizer), temperature=0).strip()}"
 
 # %% ../nbs/13_sft.ipynb #f06080ae
 def check(config: Any, rules: dict[str, tuple[Any, str]]) -> None:
@@ -177,6 +181,8 @@ class SFTConfig(TuneConfig):
     """The whole recipe of a fine-tuning run."""
 
     habit: float = 0.0  # share of the built-in chats in which the assistant rambles
+
+    command = "sft"  # of the command line
 
     def __post_init__(self) -> None:
         check(self, {"habit": (0 <= self.habit <= 1, "give a share from 0 to 1")})
