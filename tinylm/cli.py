@@ -6,9 +6,9 @@
 __all__ = ['KINDS', 'COMMANDS', 'recipe_names', 'nearest', 'read_numbers', 'build', 'recipe_values', 'read_recipe', 'Flag',
            'describe_field', 'field_comments', 'list_flags', 'make_parser', 'read_flags', 'change_fields',
            'parse_flags', 'take_flag', 'note', 'find_run', 'open_model', 'pretrained_by', 'table', 'run_pretrain',
-           'run_generate', 'run_evaluate', 'describe', 'run_info', 'tune', 'run_sft', 'run_dpo', 'Chat', 'run_chat',
-           'run_export', 'type_and_run', 'run_speedrun', 'run_sweep', 'stored_flags', 'recipe_defaults', 'place_words',
-           'check_words', 'main']
+           'run_generate', 'run_evaluate', 'describe', 'run_info', 'tune', 'run_sft', 'run_dpo', 'Chat', 'read_lines',
+           'run_chat', 'run_export', 'type_and_run', 'run_speedrun', 'run_sweep', 'stored_flags', 'recipe_defaults',
+           'place_words', 'check_words', 'main']
 
 # %% ../nbs/16_cli.ipynb #1110abc8
 import argparse
@@ -24,7 +24,7 @@ import sys
 import textwrap
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -472,9 +472,11 @@ def run_pretrain(argv: list[str]) -> None:
 
     recipe, rest = take_flag(argv, "--recipe")
     config = parse_flags(read_recipe(recipe or "default"), rest, run_pretrain)
+    note(f"text: {config.data.path or 'built-in stories'}; run: {config.out}")
     result, seq_len = pretrain(config), config.data.seq_len
     if int(os.environ.get("RANK", 0)):
         return
+    note("measuring the model on validation text, and the speed of this machine")
     keep = ("loss", "floor", "distance to the floor", "perplexity", "bits per byte", "answers, all")
     report, p = evaluate(result.model, result.prepared, seq_len, as_chats=False), result.progress
     peak = measure_matmul_peak(next(result.model.parameters()).device, config.train.precision) / 1e9
@@ -501,7 +503,9 @@ def run_generate(argv: list[str]) -> None:
         device: str = "auto"  # cpu, cuda or auto
 
     flags = parse_flags(Flags(), argv, run_generate)
-    pieces = stream(*open_model(find_run(flags.run), flags.device), flags.prompt, flags, flags.stop)
+    run = find_run(flags.run)
+    note(f"opening {run}")
+    pieces = stream(*open_model(run, flags.device), flags.prompt, flags, flags.stop)
     print(flags.prompt + next(pieces, ""), end="", flush=True)  # a prompt that is too long fails here
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -512,6 +516,7 @@ def run_evaluate(argv: list[str]) -> None:
     """Measure models: tinylm evaluate [RUN ...]; loss, distance to the floor, questions in stories and as chats."""
     from tinylm.data import DataConfig, prepare
     from tinylm.evaluate import compare, evaluate, write_reports
+    from tinylm.pretrain import check_writable
 
     @dataclass
     class Flags:
@@ -525,12 +530,16 @@ def run_evaluate(argv: list[str]) -> None:
     only_asks = {"-h", "--help", _FLAGS_AS_JSON} & set(rest)
     runs = [] if only_asks else [find_run(run) for run in names or [name]]
     flags = parse_flags(Flags(pretrained_by(Path(*runs[:1])).data), rest, run_evaluate)
+    out = Path(flags.out or runs[-1] / "report")
+    check_writable(out)
     reports = {}
     for run in runs:  # each cuts the text up with its own tokenizer
+        note(f"reading {flags.data.path or 'built-in stories'}, as {run} does")
         prepared = prepare(replace(flags.data, tokenizer=str(run.resolve())), validation_only=True)
         model, _ = open_model(run, flags.device)
+        note(f"measuring {run}")
         reports[str(run)] = evaluate(model, prepared, flags.data.seq_len, question_stories=flags.stories)
-    write_reports(reports, out := Path(flags.out or runs[-1] / "report"))
+    write_reports(reports, out)
     print(compare(reports) if len(reports) > 1 else reports[str(runs[0])], f"\nreport: {out}")
 
 # %% ../nbs/16_cli.ipynb #04947249
@@ -570,6 +579,7 @@ def tune(argv: list[str], kind: Any, stage: Callable, command: Callable) -> None
     recipe, rest = take_flag(argv, "--recipe")
     config = parse_flags(read_recipe(recipe, kind) if recipe else kind(), rest, command)
     find_run(config.run)
+    note(f"opening {config.run}; chats: {config.data.path or 'built-in stories'}; run: {config.out}")
     result = stage(config)
     if int(os.environ.get("RANK", 0)):
         return
@@ -577,6 +587,7 @@ def tune(argv: list[str], kind: Any, stage: Callable, command: Callable) -> None
     trained, total = sum(p.numel() for p in weights if p.requires_grad), sum(p.numel() for p in weights)
     rows = [("validation loss", f"{result.validation_loss:.4f} nats per token of an answer")]
     if config.data.path is None:
+        note("asking questions about unseen stories")
         tales = make_corpus(min(100, config.data.validation_stories), 0, "heldout", details=True)
         asked = [question for tale in tales for question in tale.questions]
         scores, words = chat(result.model, result.prepared.tokenizer, asked)
@@ -605,41 +616,96 @@ def run_dpo(argv: list[str]) -> None:
 class Chat:
     """A conversation with a model."""
 
-    def __init__(self, model: Any, tokenizer: Any, config: Any, system: str = ""):
+    def __init__(
+        self,
+        model: Any,  # a `TinyLM`
+        tokenizer: Any,  # with a chat template
+        config: Any,  # a `SamplingConfig`
+        system: str = "",  # what the model is told before
+    ):
         if not tokenizer.hf_tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; `tinylm sft --chatml` teaches a model to chat")
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.messages = self.beginning = [{"role": "system", "content": system}] if system else []
 
+    def room(self, prompt: list[int]) -> int:
+        """How many tokens the answer to a prompt may have; raise if there is no room for any."""
+        most = self.model.config.max_position_embeddings
+        if len(prompt) < most:
+            return min(self.config.max_new_tokens, most - len(prompt))
+        if self.messages == self.beginning:
+            raise ValueError(f"the message is too long: with it, there are {len(prompt)} of {most} tokens; shorten it")
+        full = f"the conversation is full: with this message, it has {len(prompt)} of {most} tokens"
+        raise ValueError(f"{full}; /save FILE keeps it, /reset begins a new one")
+
     def reply(self, text: str) -> Iterator[str]:
-        """The answer to a message, piece by piece; then both are part of the conversation."""
+        """Yield the answer to a message, piece by piece; both join the conversation, also if the answer is stopped."""
         from tinylm.generate import stream
 
-        asked, said = [*self.messages, {"role": "user", "content": text}], ""
-        prompt = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True)
-        how = replace(self.config, seed=self.config.seed + len(asked))
-        for piece in stream(self.model, self.tokenizer, prompt, how, ("<|im_end|>",)):
-            said += piece
-            yield piece
-        self.messages = [*asked, {"role": "assistant", "content": said}]
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        room = self.room(prompt)
+        config = replace(self.config, seed=self.config.seed + len(messages), max_new_tokens=room)
+        answer, complete = "", False
+        try:
+            for piece in stream(self.model, self.tokenizer, prompt, config, ("<|im_end|>",)):
+                answer += piece
+                yield piece
+            complete = True
+        finally:
+            if answer or complete:
+                self.messages = [*messages, {"role": "assistant", "content": answer}]
+        if room < self.config.max_new_tokens:
+            left = f"there was room for {room} tokens only; /save FILE keeps the conversation"
+            yield f"\n({left}, /reset begins a new one)"
+
+    def save(self, name: str) -> str:
+        """Write the conversation to a new file, in the form that `tinylm sft` reads, and say so."""
+        path = Path(name or "chat.json").expanduser()
+        if self.messages == self.beginning:
+            return "(nothing was said yet)"
+        text = json.dumps([{"messages": self.messages}], indent=2) + "\n"
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            return f"({path} is there already; /save with another name)"
+        return f"(saved in {path})"
 
     def answer(self, line: str) -> Iterator[str]:
-        """What is printed after a line, a command or a message; a mistake is said and changes nothing."""
-        word, _, file = line.partition(" ")
+        """Yield what is printed after a line, a command or a message; a mistake is said and changes nothing."""
+        word, _, name = line.partition(" ")
         try:
             if word == "/reset":
                 self.messages = self.beginning
                 yield "(forgotten)"
             elif word == "/save":
-                saved = json.dumps([{"messages": self.messages}], indent=2)  # in the form that `tinylm sft` reads
-                Path(file or "chat.json").write_text(saved + "\n", "utf-8")
-                yield f"(saved in {file or 'chat.json'})"
+                yield self.save(name.strip())
             elif word.startswith("/"):
                 yield "(use /reset, /save FILE or /exit)"
             elif word:
                 yield from self.reply(line)
         except (ValueError, OSError) as error:
-            yield f"({error}; or /reset)"
+            yield f"({error})"
+
+
+def read_lines(typed: bool) -> Iterator[str]:
+    """Yield the lines that somebody types, or else those of a file or a pipe, to the end."""
+    if not typed:
+        yield from map(str.strip, sys.stdin)
+        return
+    with suppress(ImportError):  # it lets `input` edit lines and recall earlier ones, where there is one
+        import_module("readline")
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:  # Ctrl-D
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(/exit or Ctrl-D ends the chat)")
+            continue
+        yield line.strip()
 
 
 def run_chat(argv: list[str]) -> None:
@@ -654,21 +720,31 @@ def run_chat(argv: list[str]) -> None:
         temperature: float = 0.0  # divides the logits; 0: always the most likely token (greedy)
 
     flags = parse_flags(Flags(), argv, run_chat)
-    talk = Chat(*open_model(find_run(flags.run), flags.device), flags, flags.system)
+    run = find_run(flags.run)
+    note(f"opening {run}")
+    talk = Chat(*open_model(run, flags.device), flags, flags.system)
     typed = sys.stdin.isatty()
-    with suppress(EOFError):  # the end of what is typed: Ctrl-D
-        for line in map(str.strip, iter(lambda: input("> "), None) if typed else sys.stdin):
-            if line == "/exit":
-                break
-            print("" if typed else f"> {line}\n", end="")
-            for piece in talk.answer(line):
-                print(piece, end="", flush=True)
-            print()
+    if typed:
+        print(f"This is {run}. Type a message, or /reset to forget, /save FILE to keep, /exit or Ctrl-D to end.")
+        print("Ctrl-C stops an answer.")
+    for line in read_lines(typed):
+        if line == "/exit":
+            break
+        if not typed:
+            print(f"> {line}")
+        try:
+            with closing(talk.answer(line)) as pieces:  # type: ignore[type-var]
+                for piece in pieces:
+                    print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" (stopped)", end="")
+        print()
 
 
 def run_export(argv: list[str]) -> None:
     """Write a run as a checkpoint that `transformers` opens with AutoModelForCausalLM."""
     from tinylm.hub import save
+    from tinylm.pretrain import check_writable
 
     @dataclass
     class Flags:
@@ -676,7 +752,10 @@ def run_export(argv: list[str]) -> None:
         out: str = "export"  # new folder
 
     flags = parse_flags(Flags(), argv, run_export)
-    save(*open_model(find_run(flags.run), "cpu"), flags.out)
+    run = find_run(flags.run)
+    check_writable(Path(flags.out))
+    note(f"opening {run}, writing {flags.out}")
+    save(*open_model(run, "cpu"), flags.out)
     print(f"saved: {flags.out}")
 
 # %% ../nbs/16_cli.ipynb #963322ca
@@ -713,7 +792,7 @@ def run_speedrun(argv: list[str]) -> None:
 
 # %% ../nbs/16_cli.ipynb #f65d98f1
 def run_sweep(argv: list[str]) -> None:
-    """Search for a better recipe; --recipe FILE.yaml says what to change."""
+    """Search for a better recipe; --recipe NAME or FILE.yaml is changed as --change says."""
     import_module("tinylm.experiments").run_sweep(argv)
 
 # %% ../nbs/16_cli.ipynb #6afb95f9
@@ -826,9 +905,8 @@ def check_words(command: str, argv: list[str]) -> list[str]:
 
     # Help shows the values of the recipe that is given with it.
     recipe, _ = take_flag(argv, "--recipe")
-    defaults: dict[str, Any] = {}
-    if recipe and command in _SOURCES:
-        defaults = recipe_defaults(recipe_values(recipe), flags)
+    defaults = recipe_values(recipe) if recipe else {}
+    defaults = recipe_defaults(defaults, flags) if command in _SOURCES else {}
     flags = [flag._replace(default=defaults.get(flag.name, flag.default)) for flag in flags]
 
     values, words = read_flags(flags, argv, command, text)

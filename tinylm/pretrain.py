@@ -6,8 +6,8 @@
 __all__ = ['PRECISIONS', 'TRACKERS', 'SCHEDULES', 'OPTIMIZERS', 'Result', 'muon_dtype', 'orthogonalize', 'gathered', 'scattered',
            'Muon', 'choose_precision', 'matmul_precision', 'choose_device', 'join_processes', 'TrainConfig',
            'make_optimizers', 'lr_factor', 'Engine', 'write_folder', 'checkpoints', 'Progress', 'Checkpointed',
-           'plot_loss', 'TrainingDiverged', 'Trainer', 'PretrainConfig', 'check_run', 'save_config', 'make_trainer',
-           'run_identity', 'run_stage', 'pretrain', 'measure_matmul_peak']
+           'plot_loss', 'TrainingDiverged', 'Trainer', 'PretrainConfig', 'check_writable', 'check_run', 'save_config',
+           'make_trainer', 'run_identity', 'run_stage', 'pretrain', 'measure_matmul_peak']
 
 # %% ../nbs/11_pretrain.ipynb #40ff3010
 import atexit
@@ -17,6 +17,7 @@ import math
 import os
 import pickle
 import shutil
+import tempfile
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
@@ -610,6 +611,19 @@ class PretrainConfig:
     overwrite: bool = False  # delete the run that is in the folder
 
 
+def check_writable(out: Path, flag: str = "out") -> None:
+    """Raise if a folder, which need not be there yet, cannot be written; leaves nothing behind."""
+    try:
+        place = out.absolute()
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        with tempfile.TemporaryDirectory(dir=place, prefix=".writable-"):
+            pass
+    except OSError as error:
+        reason = f"{place} cannot be written: {error.strerror}"
+        raise ValueError(f"{flag}={str(out)!r}: {reason}; give another --{flag}") from None
+
+
 def check_run(out: Path, resume: bool, overwrite: bool) -> None:
     """Raise if something is in the way that must not be touched; a run may be, with `resume` or `overwrite`."""
     taken = out.exists() and (not out.is_dir() or [p for p in out.iterdir() if not p.name.startswith(".")])
@@ -617,6 +631,7 @@ def check_run(out: Path, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"out={str(out)!r} already exists; use --resume, --overwrite or another --out")
     if taken and not (out / "config.yaml").exists():
         raise ValueError(f"out={str(out)!r} is no run (it has no config.yaml); use another --out")
+    check_writable(out)
 
 
 def save_config(out: Path, config: Any) -> None:
