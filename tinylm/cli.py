@@ -540,7 +540,8 @@ def run_evaluate(argv: list[str]) -> None:
         note(f"measuring {run}")
         reports[str(run)] = evaluate(model, prepared, flags.data.seq_len, question_stories=flags.stories)
     write_reports(reports, out)
-    print(compare(reports) if len(reports) > 1 else reports[str(runs[0])], f"\nreport: {out}")
+    result = compare(reports) if len(reports) > 1 else str(reports[str(runs[0])])
+    print(f"{result}\nreport: {out}")
 
 # %% ../nbs/16_cli.ipynb #04947249
 def describe(config: Any, seq_len: int) -> dict[str, dict[str, Any]]:

@@ -202,7 +202,8 @@ def plot_search(rows: list[dict], x: str) -> Any:  # a matplotlib figure
     axes.set(xlabel=x, xscale="log" if ticks[0] > 0 else "linear", xticks=ticks, xticklabels=ticks, ylim=(0, None))
     axes.set_ylabel("nats per token above the floor")
     axes.minorticks_off()
-    axes.legend(fontsize=8)
+    if any(lines):  # with one field there is nothing to tell apart
+        axes.legend(fontsize=8)
     return figure
 
 # %% ../nbs/18_experiments.ipynb #2517955c
