@@ -1,5 +1,6 @@
 """The command line as people use it: quick help, hints, chats, notes, and the commands of the README under torchrun."""
 
+import json
 import os
 import re
 import select
@@ -358,3 +359,16 @@ def test_numbers_with_an_exponent(number, tmp_path):
     assert (recipe.train.learning_rate, recipe.train.betas) == (0.001, (0.9, 0.001))
     assert (recipe.train.max_steps, recipe.train.batch_size, recipe.out) == (1000, 16, "1e5")
     assert recipe.model.rope_scaling["factor"] == 4.0
+
+
+def test_tokenizing_and_measuring_show_a_bar(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE")
+    chat = {"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]}
+    pair = {"prompt": "the cat", "chosen": "sat", "rejected": "the dog"}
+    few = "--train.max-steps 1 --train.batch-size 2 --train.sample-tokens 1 --data.seq-len 64"
+    for command, record, bar in (("sft", chat, "tokenize the conversations"), ("dpo", pair, "tokenize the pairs")):
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(record | {"n": n}) + "\n" for n in range(9)))
+        code, _, err = answer(capsys, f"{command} {run} --out {command} --data.path data.jsonl {few}")
+        assert code == 0, err
+        for what in (f"opening {run}; chats: data.jsonl; run: {command}", bar, "measure the validation loss"):
+            assert what in err

@@ -6,8 +6,8 @@
 __all__ = ['PRECISIONS', 'TRACKERS', 'SCHEDULES', 'OPTIMIZERS', 'Result', 'muon_dtype', 'orthogonalize', 'gathered', 'scattered',
            'Muon', 'choose_precision', 'matmul_precision', 'choose_device', 'join_processes', 'TrainConfig',
            'make_optimizers', 'lr_factor', 'Engine', 'write_folder', 'checkpoints', 'Progress', 'Checkpointed',
-           'plot_loss', 'TrainingDiverged', 'Trainer', 'PretrainConfig', 'check_writable', 'check_run', 'save_config',
-           'make_trainer', 'run_identity', 'run_stage', 'pretrain', 'measure_matmul_peak']
+           'plot_loss', 'with_bar', 'TrainingDiverged', 'Trainer', 'PretrainConfig', 'check_writable', 'check_run',
+           'save_config', 'make_trainer', 'run_identity', 'run_stage', 'pretrain', 'measure_matmul_peak']
 
 # %% ../nbs/11_pretrain.ipynb #40ff3010
 import atexit
@@ -472,6 +472,12 @@ def plot_loss(out: Path, floor: float | None = None) -> Any:  # a matplotlib fig
     return figure
 
 
+def with_bar(items: Iterable, what: str) -> Iterable:
+    """Show a bar while items are gone through, in the first process only."""
+    quiet = {"disable": True} if int(os.environ.get("RANK", 0)) else {}  # else an environment variable may say so
+    return tqdm(items, desc=what, leave=False, **quiet)
+
+
 class TrainingDiverged(ValueError):
     """The loss or the gradient is of no more use."""
 
@@ -545,7 +551,9 @@ class Trainer(Checkpointed):
     def validate(self, final: bool = False) -> float:
         """Measure (at the end on everything, in float32) and log; with patience keep the best weights."""
         p, config = self.progress, self.config
-        batches = islice(self.validation, None if final else config.eval_batches or None)
+        batches: Iterable[dict] = islice(self.validation, None if final else config.eval_batches or None)
+        if final:
+            batches = with_bar(batches, "measure the validation loss")
         moved = ({name: x.to(self.device) for name, x in batch.items()} for batch in batches)
         with torch.no_grad(), evaluation_mode(self.model), nullcontext() if final else self.autocast():
             total, targets = self.add_up(self.loss(batch) for batch in moved if len(batch["input_ids"]))
