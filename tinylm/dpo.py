@@ -32,7 +32,7 @@ from .data import DataConfig
 from .generate import SamplingConfig, evaluation_mode, generate
 from .lora import disable_lora
 from .model import IGNORE_INDEX, TinyLM, shift_labels, token_losses
-from .pretrain import Result, TrainConfig, matmul_precision, read_metrics
+from .pretrain import Result, TrainConfig, matmul_precision, read_metrics, with_bar
 from .sft import ChatTrainer, TuneConfig, check, ends, fine_tune, ramble, read_records, story_chat, to_messages
 from .tokenizer import Tokenizer
 
@@ -122,7 +122,7 @@ def read_pairs(config: DataConfig, tokenizer: Tokenizer) -> tuple[list, list, st
     """Encoded pairs to train on, and to validate on, of files, of the hub or of the stories; what was left out."""
     counts, parts = Counter[str](), list[list]()
     for chats in read_records(config, to_pair, lambda story: to_pair(story_pair(story))):
-        pairs = [[encode_answer(tokenizer, chat) for chat in pair] for pair in chats]
+        pairs = [[encode_answer(tokenizer, chat) for chat in pair] for pair in with_bar(chats, "tokenize the pairs")]
         different = [pair for pair in pairs if pair[0] != pair[1]]
         parts.append([pair for pair in different if max(len(ids) for ids, _ in pair) <= config.seq_len])
         counts["with the same answer twice"] += len(pairs) - len(different)

@@ -6,7 +6,7 @@
 __all__ = ['T95', 'ASKED', 'perplexity', 'bits_per_byte', 'distance_to_floor', 'label_nats', 'split_nats', 'document_nats', 't95',
            'rate', 'looks_like_leak', 'KindLoss', 'stack_documents', 'token_ends', 'loss_by_kind', 'Score', 'says',
            'tally', 'answer_all', 'exact_match', 'multiple_choice', 'as_chat', 'score_replies', 'chat', 'Report',
-           'validation_stories', 'fits', 'examine', 'evaluate', 'compare', 'plot_reports', 'write_reports']
+           'validation_stories', 'fits', 'examine', 'evaluate', 'aligned', 'compare', 'plot_reports', 'write_reports']
 
 # %% ../nbs/12_evaluate.ipynb #6770b65b
 import json
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from .corpus import Question, Story, make_corpus, token_kinds, token_nats
 from .data import Batches, Prepared, TokenFile
@@ -63,7 +64,7 @@ def split_nats(
     """Add up what a model loses on each document of a file, read in packed rows as in training."""
     batches = Batches(file, seq_len, batch_size, shuffle=False)
     nats, end_nats = np.zeros(len(file)), np.zeros(len(file))
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(tqdm(batches, desc="measure the loss", unit=" batches", leave=False)):
         lost = label_nats(model, batch).double().numpy()
         for i, document_ids in enumerate(batch["document_ids"].numpy()):
             # Which document does each piece of the row belong to?
@@ -187,7 +188,7 @@ def answer_all(
     """What a model goes on with, greedily, after each prompt (a text or token ids)."""
     texts, config = list[str](), SamplingConfig(max_new_tokens, temperature=0)
     numbered = sorted(enumerate(encode_prompt(tokenizer, prompt) for prompt in prompts), key=lambda row: len(row[1]))
-    for start in range(0, len(numbered), batch_size):
+    for start in tqdm(range(0, len(numbered), batch_size), desc="ask questions", unit=" batches", leave=False):
         group = [ids for _, ids in numbered[start : start + batch_size]]
         texts += generate_text(model, tokenizer, group, config, stop_strings)
     return [text for _, text in sorted(zip(numbered, texts))]
@@ -342,13 +343,20 @@ def evaluate(
     return report
 
 # %% ../nbs/12_evaluate.ipynb #ad93367d
+def aligned(rows: list[list[str]]) -> str:
+    """Write rows, the first with the titles, as a Markdown table whose columns also line up in a terminal."""
+    widths = [max(3, *map(len, column)) for column in zip(*rows)]
+    title, *others = [[cell.ljust(width) for cell, width in zip(row, widths)] for row in rows]
+    rule = ["-" * width for width in widths]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (title, rule, *others))
+
+
 def compare(reports: dict[str, Report]) -> str:
     """A Markdown table of reports by name: a column for each model, a row for each number."""
     columns = {name: dict(report.rows()) for name, report in reports.items()}
     titles = list(dict.fromkeys(title for column in columns.values() for title in column))
-    rows = [["", *columns], ["---"] * (len(columns) + 1)]
-    rows += [[title, *(column.get(title, "") for column in columns.values())] for title in titles]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [[title, *(column.get(title, "") for column in columns.values())] for title in titles]
+    return aligned([["", *columns], *rows])
 
 
 def plot_reports(reports: dict[str, Report]):  # a matplotlib figure

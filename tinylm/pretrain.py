@@ -7,9 +7,9 @@ __all__ = ['PRECISIONS', 'TRACKERS', 'SCHEDULES', 'RISING_SCHEDULES', 'OPTIMIZER
            'orthogonalize', 'gathered', 'scattered', 'Muon', 'choose_precision', 'matmul_precision', 'choose_device',
            'join_processes', 'TrainConfig', 'make_optimizers', 'lr_factor', 'Engine', 'file_checksums', 'check_folder',
            'write_folder', 'remove_litter', 'checkpoints', 'Progress', 'cut_log', 'Checkpointed', 'read_metrics',
-           'plot_loss', 'TrainingDiverged', 'Interrupted', 'stop_requests', 'Trainer', 'PretrainConfig', 'run_lock',
-           'empty_run', 'resume_command', 'check_run', 'with_full_paths', 'save_config', 'make_trainer', 'run_identity',
-           'run_stage', 'pretrain', 'measure_matmul_peak']
+           'plot_loss', 'with_bar', 'TrainingDiverged', 'Interrupted', 'stop_requests', 'Trainer', 'PretrainConfig',
+           'run_lock', 'empty_run', 'resume_command', 'check_writable', 'check_run', 'with_full_paths', 'save_config',
+           'make_trainer', 'run_identity', 'run_stage', 'pretrain', 'measure_matmul_peak']
 
 # %% ../nbs/11_pretrain.ipynb #40ff3010
 import atexit
@@ -22,6 +22,7 @@ import pickle
 import shlex
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections import namedtuple
@@ -562,6 +563,12 @@ def plot_loss(out: Path, floor: float | None = None) -> Any:  # a matplotlib fig
     return figure
 
 
+def with_bar(items: Iterable, what: str) -> Iterable:
+    """Show a bar while items are gone through, in the first process only."""
+    quiet = {"disable": True} if int(os.environ.get("RANK", 0)) else {}  # else an environment variable may say so
+    return tqdm(items, desc=what, leave=False, **quiet)
+
+
 class TrainingDiverged(ValueError):
     """The loss or the gradient is of no more use."""
 
@@ -726,7 +733,9 @@ class Trainer(Checkpointed):
     def validate(self, final: bool = False) -> float:
         """Measure (at the end on everything, in float32) and log; with patience keep the best weights."""
         p, config = self.progress, self.config
-        batches = islice(self.validation, None if final else config.eval_batches or None)
+        batches: Iterable[dict] = islice(self.validation, None if final else config.eval_batches or None)
+        if final:
+            batches = with_bar(batches, "measure the validation loss")
         moved = ({name: x.to(self.device) for name, x in batch.items()} for batch in batches)
         with torch.no_grad(), evaluation_mode(self.model), nullcontext() if final else self.autocast():
             total, targets = self.add_up(self.loss(batch) for batch in moved if len(batch["input_ids"]))
@@ -834,6 +843,19 @@ def resume_command(config: Any) -> str:
     return f"{launcher} {config.command} --out {shlex.quote(config.out)} --resume"
 
 
+def check_writable(out: Path, flag: str = "out") -> None:
+    """Raise if a folder, which need not be there yet, cannot be written; leaves nothing behind."""
+    try:
+        place = out.absolute()
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        with tempfile.TemporaryDirectory(dir=place, prefix=".writable-"):
+            pass
+    except OSError as error:
+        reason = f"{place} cannot be written: {error.strerror}"
+        raise ValueError(f"{flag}={str(out)!r}: {reason}; give another --{flag}") from None
+
+
 def check_run(out: Path, resume: bool, overwrite: bool) -> None:
     """Raise if something is in the way that must not be touched; a run may be, with `resume` or `overwrite`."""
     taken = out.exists() and (not out.is_dir() or [p for p in out.iterdir() if not p.name.startswith(".")])
@@ -841,6 +863,7 @@ def check_run(out: Path, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"out={str(out)!r} already exists; use --resume, --overwrite or another --out")
     if taken and not (out / "config.yaml").exists():
         raise ValueError(f"out={str(out)!r} is no run (it has no config.yaml); use another --out")
+    check_writable(out)
 
 
 def with_full_paths(config: Any) -> Any:

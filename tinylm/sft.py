@@ -29,7 +29,7 @@ from .evaluate import ASKED
 from .generate import check_vocabulary
 from .lora import LoRA, LoraConfig, add_lora, load_lora, merge_lora, save_lora, set_adapter, unmerge_lora
 from .model import IGNORE_INDEX, TinyLM
-from .pretrain import Result, TrainConfig, Trainer, choose_device, join_processes, run_stage
+from .pretrain import Result, TrainConfig, Trainer, choose_device, join_processes, run_stage, with_bar
 from .tokenizer import CHATML_TEMPLATE, GENERATION_MARK, Tokenizer, _check_messages
 
 # %% ../nbs/13_sft.ipynb #598835b8
@@ -86,7 +86,7 @@ def read_records(config: DataConfig, convert: Callable[[dict], Any], tell: Calla
 def encode_chats(chats: Iterable[list[dict]], tokenizer: Tokenizer, seq_len: int) -> Any:
     """In memory what a `TokenFile` is on disk: chats up to `seq_len`, V added to each id that the assistant said."""
     rows, counts, V = list[np.ndarray](), Counter[str](), len(tokenizer)
-    for messages in chats:
+    for messages in with_bar(chats, "tokenize the conversations"):
         ids, said = np.array(tokenizer.chat_ids_and_mask(messages))
         kept = said[:seq_len].sum()
         counts.update(conversations=1, cut=int(len(ids) > seq_len), dropped=int(kept == 0), answer_tokens=int(kept))
