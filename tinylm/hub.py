@@ -7,10 +7,6 @@ __all__ = ['load_model', 'load', 'load_sampling', 'to_transformers', 'save']
 
 # %% ../nbs/15_hub.ipynb #dea4dbb7
 import json
-import re
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
