@@ -516,21 +516,22 @@ def _say_all(world: World, list_name: str) -> None:
     world.say_total()
 
 
+# The list that each slot draws from; `Teller` makes these lists.
 DRAWS = {
-    "near": _draw_thing,
-    "held": _draw_thing,
-    "theirs": _draw_thing,
-    "far": _draw_thing,
-    "loose": _draw_thing,
-    "any": _draw_thing,
-    "carried": _draw_thing,
-    "owner": _draw_actor,
-    "person": _draw_actor,
-    "mate": _draw_other,
-    "away": _draw_other,
-    "some": _draw_number,
-    "part": _draw_number,
-    "all": _say_all,
+    "near": _draw_thing,  # things that lie where the actor is
+    "held": _draw_thing,  # things that the actor holds
+    "theirs": _draw_thing,  # things that others hold where the actor is
+    "far": _draw_thing,  # things elsewhere
+    "loose": _draw_thing,  # things elsewhere that nobody holds
+    "any": _draw_thing,  # all things, for a question
+    "carried": _draw_thing,  # things that somebody holds, for a question
+    "owner": _draw_actor,  # people who have something to count, for a question
+    "person": _draw_actor,  # all people, for a question
+    "mate": _draw_other,  # people where the actor is
+    "away": _draw_other,  # people elsewhere
+    "some": _draw_number,  # numbers that the actor can buy
+    "part": _draw_number,  # numbers that the actor can lose and still have one
+    "all": _say_all,  # empty if the actor has none
 }
 SLOTS.update({name: partial(_say_one_of, options=choices) for name, choices in FLAVOR.items()})
 SLOTS.update({name: partial(function, list_name=name) for name, function in DRAWS.items()})
