@@ -187,7 +187,7 @@ def read_json(path: str) -> Iterator[Any]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line.rstrip())
             except json.JSONDecodeError as error:
                 raise ValueError(str(error).replace("line 1 column", f"line {number} column")) from None
             yield record
