@@ -9,7 +9,6 @@ __all__ = ['LOSSES', 'REFERENCE_FREE', 'SIDES', 'REFERENCES', 'answer_logps', 's
            'load_pairs', 'dpo']
 
 # %% ../nbs/14_dpo.ipynb #69f62889
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
