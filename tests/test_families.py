@@ -73,13 +73,18 @@ def difference(ours, theirs):
         return (ours(IDS) - theirs(IDS).logits).abs().max().item()
 
 
+WINDOW = {"sliding_window": 5, "layer_types": ["full_attention"] * 2}
 ENTRIES = {
     "original_max_position_embeddings beside YaRN": {"rope_scaling": YARN, "original_max_position_embeddings": 16},
     "original_max_position_embeddings beside llama3": {"rope_scaling": LLAMA3, "original_max_position_embeddings": 16},
     "partial_rotary_factor": {"partial_rotary_factor": 0.5},
     "is_causal": {"is_causal": False},
-    "layer_types": {"sliding_window": 5, "layer_types": ["full_attention"] * 2},
-    "layer_types with a switch": {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["full_attention"] * 2},
+    "layer_types": WINDOW,
+    "layer_types with a switch": {
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["full_attention"] * 2,
+    },
     "attention_factor": {"rope_scaling": {**YARN, "attention_factor": 0.7, "original_max_position_embeddings": 16}},
     "mscale null": {"rope_scaling": {**YARN, "mscale_all_dim": None, "original_max_position_embeddings": 16}},
     "alpha": {"rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0}},
