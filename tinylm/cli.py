@@ -299,10 +299,20 @@ class Chat:
     """A conversation with a model."""
 
     def __init__(self, model: Any, tokenizer: Any, config: Any, system: str = ""):
-        if not tokenizer.hf_tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template; `tinylm sft --chatml` teaches a model to chat")
-        self.model, self.tokenizer, self.config = model, tokenizer, config
+        from tinylm.tokenizer import render_chat
+
+        self.model, self.tokenizer = model, tokenizer
         self.messages = self.beginning = [{"role": "system", "content": system}] if system else []
+
+        # A template that fails says so before the first question.
+        greeting = {"role": "user", "content": "Hi."}
+        render_chat(tokenizer.hf_tokenizer, [*self.messages, greeting], add_generation_prompt=True)
+
+        # An answer ends where the checkpoint says, and where the template ends one.
+        ends = list(config.eos_token_id or tokenizer.eos_token_ids)
+        with suppress(ValueError):  # the template needs more than a question and an answer
+            ends.append(tokenizer.answer_end())
+        self.config = replace(config, eos_token_id=tuple(end for end in ends if end is not None))
 
     def reply(self, text: str) -> Iterator[str]:
         """The answer to a message, piece by piece; then both are part of the conversation."""

@@ -141,7 +141,7 @@ def load_model(name: str | Path) -> TinyLM:
         return TinyLM.from_pretrained(name if path.exists() else snapshot_download(str(name)))
     with _one_line(path, _REMEDY):
         config = config_from_hf(hf, ALL_FAMILIES)
-        options = {"dtype": "auto", "use_safetensors": True, "output_loading_info": True}
+        options = {"dtype": "auto", "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
         peer, info = library.AutoModelForCausalLM.from_pretrained(**where, **options, ignore_mismatched_sizes=True)
     if wrong := _unfit(info):
         raise ValueError(f"{name} does not fit its config.json: {'; '.join(wrong)}")
@@ -153,8 +153,10 @@ def load_model(name: str | Path) -> TinyLM:
 def load(name: str | Path) -> tuple[TinyLM, Tokenizer]:
     """`load_model`, and the tokenizer that travels with it."""
     if (path := Path(name)).is_file():
-        reader = _transformers().AutoTokenizer
-        return load_model(path), Tokenizer(reader.from_pretrained(path.parent, gguf_file=path.name))
+        model, reader = load_model(path), _transformers().AutoTokenizer
+        with _one_line(path, _REMEDY):
+            hf_tokenizer = reader.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        return model, Tokenizer(hf_tokenizer)
     return load_model(name), Tokenizer.from_pretrained(name)
 
 # %% ../nbs/15_hub.ipynb #df0f089c
@@ -163,9 +165,21 @@ _SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repeti
 
 def load_sampling(name: str | Path) -> SamplingConfig:
     """How the makers of a model draw its tokens, by its generation_config.json; greedy if it does not say."""
-    theirs = _transformers().GenerationConfig.from_pretrained(name)
-    said = {setting: value for setting in _SETTINGS if (value := getattr(theirs, setting)) is not None}
-    return SamplingConfig(**{"top_k": 50, **said} if theirs.do_sample else {**said, "temperature": 0.0})
+    with _one_line(Path(name) / "generation_config.json", "correct the file, or copy it anew from where it came"):
+        theirs = _transformers().GenerationConfig.from_pretrained(name)
+    settings: dict[str, Any] = {"top_k": 50} if theirs.do_sample else {}
+    for setting in _SETTINGS:
+        value = getattr(theirs, setting)
+        if value is not None:
+            settings[setting] = value
+    if not theirs.do_sample:
+        settings["temperature"] = 0.0
+
+    # One end token, a list of them, or none.
+    ends = theirs.eos_token_id
+    if ends is not None:
+        settings["eos_token_id"] = tuple(ends) if isinstance(ends, list) else (ends,)
+    return SamplingConfig(**settings)
 
 # %% ../nbs/15_hub.ipynb #a073cf06
 def to_transformers(model: TinyLM, **extra: Any) -> Any:
@@ -199,10 +213,16 @@ def save(
     kept = _SETTINGS if drawn else ("max_new_tokens", "repetition_penalty")
     settings = {setting: getattr(sampling, setting) for setting in kept} if sampling else {}
     peer = to_transformers(model, **ids)
-    peer.generation_config = _transformers().GenerationConfig(do_sample=drawn, **settings, **ids)
+
+    # All end tokens, which the config has only one of.
+    ends = list(sampling.eos_token_id) if sampling else []
+    ends = ends or getattr(tokenizer, "eos_token_ids", [])
+    settings |= {**ids, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+    peer.generation_config = _transformers().GenerationConfig(do_sample=drawn, **settings)
+
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
-        for part in (peer, tokenizer) if tokenizer else (peer,):
+        for part in (tokenizer, peer) if tokenizer else (peer,):
             part.save_pretrained(draft)
         for path in Path(draft).iterdir():
             path.replace(folder / path.name)
