@@ -111,7 +111,8 @@ class Tokenizer:
             self.hf_tokenizer.save_pretrained(folder)
         finally:
             self.hf_tokenizer.chat_template = template
-        save_end_tokens(folder, self.eos_token_ids)
+        if len(self.eos_token_ids) > 1 or (Path(folder) / "generation_config.json").exists():
+            save_end_tokens(folder, self.eos_token_ids)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, with nothing put around them; many texts at once use all processors."""
@@ -251,7 +252,7 @@ def _check_messages(messages: list[dict]) -> None:
 
 # %% ../nbs/00_tokenizer.ipynb #cf3178ec
 @contextmanager
-def _limited(seconds: float = 5.0, megabytes: int = 512) -> Iterator[None]:
+def _limited(seconds: float = 3.0, megabytes: int = 512) -> Iterator[None]:
     """Stop a foreign program that computes too long, or takes too much memory (in the main thread, where known)."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
@@ -369,24 +370,29 @@ def _read_json(path: Path) -> dict:
 
 def _open_tokenizer(name_or_folder: str | Path) -> Any:
     """The tokenizer of `transformers` in a folder or of the hub; no code of a checkpoint is ever run."""
-    from transformers import AutoTokenizer
+    import transformers
 
     # The files by themselves first: what is said about a damaged one further down is about something else.
     folder, name = Path(name_or_folder), f"name_or_folder={str(name_or_folder)!r}"
     files = [folder / f"{part}.json" for part in ("tokenizer", "tokenizer_config", "special_tokens_map")]
     present = [path for path in files if path.is_file()]
-    for path in present:
-        _read_json(path)
+    contents = {path.stem: _read_json(path) for path in present}
+
+    # Without the code of a class of its own, another class would be taken, and perhaps other tokens.
+    needs_code = "it needs code of its own (auto_map), which is not run here; give one with a tokenizer.json only"
+    config = contents.get("tokenizer_config", {})
+    known = hasattr(transformers, str(config.get("tokenizer_class")))
+    if "AutoTokenizer" in (config.get("auto_map") or {}) and not known:
+        raise ValueError(f"{name} cannot be used: {needs_code}")
 
     try:
-        hf_tokenizer = AutoTokenizer.from_pretrained(name_or_folder, trust_remote_code=False)
+        hf_tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_folder, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the Rust library has kinds of its own, and panics that are no Exception
         remedy = "give a folder with a tokenizer.json, or a name of the Hugging Face hub (is it reachable?)"
         if "trust_remote_code" in str(error):
-            remedy = "it needs code of its own (auto_map), which is not run here; give one with a tokenizer.json only"
-            raise ValueError(f"{name} cannot be used: {remedy}") from error
+            raise ValueError(f"{name} cannot be used: {needs_code}") from error
         if present:
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
             remedy = f"its files are damaged ({reason}); copy them anew from where they came"
@@ -418,10 +424,8 @@ def _listed_ends(name_or_folder: str | Path) -> list[int]:
 
 
 def save_end_tokens(folder: str | Path, eos_token_ids: list[int]) -> None:
-    """List the end tokens in generation_config.json, beside what it says already; a single one needs no such file."""
+    """List the end tokens in generation_config.json, beside what it says already."""
     path = Path(folder) / "generation_config.json"
-    if len(eos_token_ids) == 1 and not path.exists():
-        return
     settings = _read_json(path) if path.exists() else {}
     settings["eos_token_id"] = eos_token_ids if len(eos_token_ids) > 1 else eos_token_ids[0]
     path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
