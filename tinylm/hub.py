@@ -165,8 +165,11 @@ _SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repeti
 
 def load_sampling(name: str | Path) -> SamplingConfig:
     """How the makers of a model draw its tokens, by its generation_config.json; greedy if it does not say."""
-    with _one_line(Path(name) / "generation_config.json", "correct the file, or copy it anew from where it came"):
-        theirs = _transformers().GenerationConfig.from_pretrained(name)
+    library, path = _transformers(), Path(name) / "generation_config.json"
+    theirs = library.GenerationConfig()
+    if path.exists() or not Path(name).is_dir():  # a folder may have none
+        with _one_line(path, "correct the file, or copy it anew from where it came"):
+            theirs = library.GenerationConfig.from_pretrained(name)
     settings: dict[str, Any] = {"top_k": 50} if theirs.do_sample else {}
     for setting in _SETTINGS:
         value = getattr(theirs, setting)
