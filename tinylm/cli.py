@@ -708,10 +708,20 @@ class Chat:
         config: Any,  # a `SamplingConfig`
         system: str = "",  # what the model is told before
     ):
-        if not tokenizer.hf_tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template; `tinylm sft --chatml` teaches a model to chat")
-        self.model, self.tokenizer, self.config = model, tokenizer, config
+        from tinylm.tokenizer import render_chat
+
+        self.model, self.tokenizer = model, tokenizer
         self.messages = self.beginning = [{"role": "system", "content": system}] if system else []
+
+        # A template that fails says so before the first question.
+        greeting = {"role": "user", "content": "Hi."}
+        render_chat(tokenizer.hf_tokenizer, [*self.messages, greeting], add_generation_prompt=True)
+
+        # An answer ends where the checkpoint says, and where the template ends one.
+        ends = list(config.eos_token_id or tokenizer.eos_token_ids)
+        with suppress(ValueError):  # the template needs more than a question and an answer
+            ends.append(tokenizer.answer_end())
+        self.config = replace(config, eos_token_id=tuple(end for end in ends if end is not None))
 
     def room(self, prompt: list[int]) -> int:
         """How many tokens the answer to a prompt may have; raise if there is no room for any."""

@@ -10,6 +10,7 @@ __all__ = ['LOSSES', 'REFERENCE_FREE', 'SIDES', 'REFERENCES', 'answer_logps', 's
 
 # %% ../nbs/14_dpo.ipynb #69f62889
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -103,9 +104,11 @@ def to_pair(record: dict) -> tuple[list[dict], list[dict]]:
 
 def encode_answer(tokenizer: Tokenizer, chat: list[dict]) -> tuple[list[int], list[int]]:
     """Ids and labels of a conversation; the labels are what its last answer says."""
-    ids, said = tokenizer.chat_ids_and_mask(chat)
-    start = len(tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True))
-    return ids, [i if own and t >= start else IGNORE_INDEX for t, (i, own) in enumerate(zip(ids, said))]
+    ids, said = tokenizer.last_answer_mask(chat)
+    if not any(said):
+        answer = textwrap.shorten(chat[-1]["content"], 80, placeholder=" ...")
+        raise ValueError(f"the chat template lets the assistant say nothing of the answer {answer!r}; use --chatml")
+    return ids, [i if own else IGNORE_INDEX for i, own in zip(ids, said)]
 
 # %% ../nbs/14_dpo.ipynb #1bebc5f7
 def story_pair(story: Story) -> dict:

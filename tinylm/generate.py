@@ -86,10 +86,17 @@ class SamplingConfig:
     min_p: float = 0.0  # keep tokens at least this fraction as likely as the most likely; 0: all
     repetition_penalty: float = 1.0  # above 1: tokens already in the text become less likely
     seed: int = 0  # the same seed, prompt and settings give the same text
+    eos_token_id: tuple[int, ...] = ()  # a text ends after one of these tokens; none: what the checkpoint lists
 
     def __post_init__(self):
+        if isinstance(self.eos_token_id, int):
+            self.eos_token_id = (self.eos_token_id,)
+        if not all(type(i) is int and i >= 0 for i in self.eos_token_id):
+            raise ValueError(f"eos_token_id={self.eos_token_id}: give ids of tokens, such as (0, 3)")
         least, most = {"max_new_tokens": 1, "repetition_penalty": 1e-9, "top_p": 1e-9}, {"top_p": 1, "min_p": 1}
         for name in SamplingConfig.__dataclass_fields__:  # a subclass may have others, of other kinds
+            if name == "eos_token_id":
+                continue
             low, high, value = least.get(name, 0), most.get(name, torch.inf), getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"{name}={value}: give a value from {low} to {high}")
@@ -149,11 +156,16 @@ def end_tokens(eos_token_id: int | Collection[int] | None) -> set[int]:
     return {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
 
 
+def _ends(eos_token_id: int | Collection[int] | None, config: SamplingConfig) -> int | Collection[int] | None:
+    """The end tokens that were given, or else those of the config; None if neither has any."""
+    return (config.eos_token_id or None) if eos_token_id is None else eos_token_id
+
+
 def generate_steps(model: TinyLM, prompts, config, eos_token_id=None, process=process_logits) -> Iterator[list]:
     """`generate`, one step at a time: a new token for each row, None for finished rows, and at the end None for all."""
     text, cache = start(model, prompts, config.max_new_tokens)
     darts = throw_darts(config.seed, len(text), config.max_new_tokens).to(text.device)
-    ends, finished = end_tokens(eos_token_id), [False] * len(text)
+    ends, finished = end_tokens(_ends(eos_token_id, config)), [False] * len(text)
     with evaluation_mode(model):
         for uniform in darts:
             tokens = sample(process(next_logits(model, text, cache), text, config), uniform)
@@ -169,7 +181,7 @@ def generate(
     model: TinyLM,
     prompts: list[list[int]] | Tensor,  # B prompts of any lengths
     config: SamplingConfig,
-    eos_token_id: int | Collection[int] | None = None,  # a row is finished after one of these; None: never
+    eos_token_id: int | Collection[int] | None = None,  # finish a row; None: those of the config
     process: Callable = process_logits,  # (logits, previous_ids, config) -> scores to draw from
 ) -> list[list[int]]:  # the new tokens of each row; a finished row ends with an end token
     """Continue a batch of prompts."""
@@ -245,7 +257,7 @@ def speculative_steps(
         )
     (text, cache), (_, memory) = (start(m, prompts, config.max_new_tokens, num_draft_tokens) for m in (model, draft))
     guess, keep, draw = throw_darts(config.seed, 3, config.max_new_tokens).T.double().to(text.device)
-    S, ends, token = text.shape[1], end_tokens(eos_token_id), None
+    S, ends, token = text.shape[1], end_tokens(_ends(eos_token_id, config)), None
     with evaluation_mode(model), evaluation_mode(draft):
         while (done := text.shape[1] - S) < config.max_new_tokens and token not in ends:
             guessed, q = _guess_ahead(draft, text, memory, guess[done:-1][:num_draft_tokens], config, process)
@@ -314,7 +326,7 @@ class TextStream:
         if isinstance(stop_strings, str) or "" in stop_strings:
             raise ValueError(f"stop_strings={stop_strings!r}: give a list of strings, none of them empty")
         self.tokenizer, self.stop_strings, self.done = tokenizer, stop_strings, False
-        self.ends = end_tokens(tokenizer.eos_token_id if eos_token_id is None else eos_token_id)
+        self.ends = end_tokens(tokenizer.eos_token_ids if eos_token_id is None else eos_token_id)
         self.prompt_ids = prompt_ids
         self.ids: list[int] | None = None  # recent tokens; None: nothing was pushed yet
         self.known = 0  # how many of them are text already
@@ -368,7 +380,7 @@ def stream(
     prompt: str | list[int],  # text that begins a document, or token ids
     config: SamplingConfig,
     stop_strings: Sequence[str] = (),  # the text ends before the first of these
-    eos_token_id: int | Collection[int] | None = None,  # the text ends at one of these; None: the tokenizer's
+    eos_token_id: int | Collection[int] | None = None,  # None: the config's, or else the tokenizer's
     steps: Callable = generate_steps,  # makes the tokens; or partial(speculative_steps, draft=...)
     continues: bool = True,  # the text goes on from the prompt; False: it stands by itself, as an answer in a chat
 ) -> Iterator[str]:  # pieces of the new text
@@ -376,7 +388,7 @@ def stream(
     if not inspect.isgeneratorfunction(steps):
         raise ValueError(f"steps={steps}: they must come one by one, and beam search knows none until its end")
     prompt_ids = encode_prompt(tokenizer, prompt)
-    text = TextStream(tokenizer, stop_strings, eos_token_id, prompt_ids if continues else ())
+    text = TextStream(tokenizer, stop_strings, _ends(eos_token_id, config), prompt_ids if continues else ())
     for (token,) in steps(model, prompts=[prompt_ids], config=config, eos_token_id=text.ends):
         if piece := text.push(token):
             yield piece
@@ -386,8 +398,9 @@ def stream(
 
 def generate_text(model: TinyLM, tokenizer: Tokenizer, prompts, config, stop_strings=(), eos_token_id=None) -> list:
     """The new text of each prompt of a batch, given as for `stream`; ends when every row has met its end."""
+    ends = _ends(eos_token_id, config)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    streams = [TextStream(tokenizer, stop_strings, eos_token_id, prompt_ids) for prompt_ids in encoded]
+    streams = [TextStream(tokenizer, stop_strings, ends, prompt_ids) for prompt_ids in encoded]
     texts = [""] * len(prompts)
     for tokens in generate_steps(model, encoded, config, streams[0].ends if streams else None):
         texts = [text + stream.push(token) for text, stream, token in zip(texts, streams, tokens)]

@@ -19,6 +19,7 @@ from tinylm.model import (
     Block,
     Layout,
     TinyLM,
+    _one_line,
     config_to_hf,
     draft_folder,
     load_transformers,
@@ -44,9 +45,24 @@ _SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repeti
 
 def load_sampling(name: str | Path) -> SamplingConfig:
     """How the makers of a model draw its tokens, by its generation_config.json; greedy if it does not say."""
-    theirs = load_transformers().GenerationConfig.from_pretrained(name)
-    said = {setting: value for setting in _SETTINGS if (value := getattr(theirs, setting)) is not None}
-    return SamplingConfig(**{"top_k": 50, **said} if theirs.do_sample else {**said, "temperature": 0.0})
+    library, path = load_transformers(), Path(name) / "generation_config.json"
+    theirs = library.GenerationConfig()
+    if path.exists() or not Path(name).is_dir():  # a folder may have none
+        with _one_line(path, "correct the file, or copy it anew from where it came"):
+            theirs = library.GenerationConfig.from_pretrained(name)
+    settings: dict[str, Any] = {"top_k": 50} if theirs.do_sample else {}
+    for setting in _SETTINGS:
+        value = getattr(theirs, setting)
+        if value is not None:
+            settings[setting] = value
+    if not theirs.do_sample:
+        settings["temperature"] = 0.0
+
+    # One end token, a list of them, or none.
+    ends = theirs.eos_token_id
+    if ends is not None:
+        settings["eos_token_id"] = tuple(ends) if isinstance(ends, list) else (ends,)
+    return SamplingConfig(**settings)
 
 # %% ../nbs/15_hub.ipynb #a073cf06
 def to_transformers(model: TinyLM, **extra: Any) -> Any:
@@ -84,9 +100,15 @@ def save(
     kept = _SETTINGS if drawn else ("max_new_tokens", "repetition_penalty")
     settings = {setting: getattr(sampling, setting) for setting in kept} if sampling else {}
     peer = to_transformers(model, **ids)
-    peer.generation_config = load_transformers().GenerationConfig(do_sample=drawn, **settings, **ids)
+
+    # All end tokens, which the config has only one of.
+    ends = list(sampling.eos_token_id) if sampling else []
+    ends = ends or getattr(tokenizer, "eos_token_ids", [])
+    settings |= {**ids, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+    peer.generation_config = load_transformers().GenerationConfig(do_sample=drawn, **settings)
+
     with write_errors(folder, "make room, or give another folder"), draft_folder(folder.resolve().parent) as draft:
-        for part in (peer, tokenizer) if tokenizer else (peer,):
+        for part in (tokenizer, peer) if tokenizer else (peer,):
             part.save_pretrained(draft)
         config_file = Path(draft) / "config.json"
         hf = json.loads(config_file.read_text("utf-8"))

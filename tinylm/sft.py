@@ -7,7 +7,6 @@ __all__ = ['SAMPLE', 'turn', 'to_messages', 'ramble', 'story_chat', 'read_record
            'ChatTrainer', 'check', 'TuneConfig', 'SFTConfig', 'open_base', 'load_chats', 'fine_tune', 'sft']
 
 # %% ../nbs/13_sft.ipynb #9b2f2210
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -30,7 +29,7 @@ from .generate import check_vocabulary
 from .lora import LoRA, LoraConfig, add_lora, load_lora, merge_lora, save_lora, set_adapter, unmerge_lora
 from .model import IGNORE_INDEX, TinyLM
 from .pretrain import Result, TrainConfig, Trainer, choose_device, join_processes, run_stage, with_bar
-from .tokenizer import CHATML_TEMPLATE, GENERATION_MARK, Tokenizer, _check_messages
+from .tokenizer import GENERATION_MARK, Tokenizer, _check_messages, chatml_template, save_end_tokens
 
 # %% ../nbs/13_sft.ipynb #598835b8
 def turn(question: Any, answer: Any) -> list[dict]:
@@ -108,9 +107,14 @@ class ChatBatches(Batches):
 
 # %% ../nbs/13_sft.ipynb #0cbc7ac4
 def ends(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end an answer: that of a document, and the last that the chat template lets the assistant say."""
-    ids, said = tokenizer.chat_ids_and_mask(turn("", ""))
-    return [tokenizer.eos_token_id, [i for i, own in zip(ids, said) if own][-1]]
+    """The tokens that end an answer: those of the checkpoint, and the one that the chat template puts there."""
+    tokenizer.check_marks()
+    end = tokenizer.answer_end()
+    if end is None:
+        mark = tokenizer.hf_tokenizer.eos_token
+        remedy = f"let its {{% generation %}} part end with {mark!r}, or use --chatml"
+        raise ValueError(f"the chat template ends no answer with a special token of the tokenizer: {remedy}")
+    return list(dict.fromkeys([*tokenizer.eos_token_ids, end]))
 
 # %% ../nbs/13_sft.ipynb #8910d1fa
 SAMPLE = "Leo was in the kitchen. Mia was in the attic. Where was Mia?"  # asked in samples
@@ -130,7 +134,7 @@ class ChatTrainer(Trainer):
         super().save_model(folder)
         if adapted:
             unmerge_lora(self.model)
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends(self.tokenizer)}), "utf-8")
+        save_end_tokens(folder, ends(self.tokenizer))
 
     def load_model(self, folder: Path) -> None:
         """Read what `save_model` wrote: all weights, or the adapter where there is one."""
@@ -197,10 +201,12 @@ def open_base(config: Any) -> tuple[TinyLM, Tokenizer]:
     model, tokenizer = TinyLM.from_pretrained(run), Tokenizer.from_pretrained(run)
     check_vocabulary(model, tokenizer, f"run={config.run!r}: its tokenizer")
     if config.chatml:
-        tokenizer.hf_tokenizer.chat_template = CHATML_TEMPLATE
-    if not GENERATION_MARK.search(template := tokenizer.hf_tokenizer.chat_template or ""):
+        tokenizer.hf_tokenizer.chat_template = chatml_template(tokenizer)
+    template = tokenizer.hf_tokenizer.chat_template
+    if not GENERATION_MARK.search(str(template)):  # one template, or several by name
         found = "a chat template that marks no answers" if template else "a tokenizer without a chat template"
         raise ValueError(f"run={config.run!r} has {found}; use --chatml")
+    tokenizer.eos_token_ids = ends(tokenizer)  # refuses a template whose answers would never end
     most, its_own = model.config.max_position_embeddings, "the run has its tokenizer; leave this out"
     rules = {
         "out": (run.resolve() != Path(config.out).resolve(), "is the run to start from; give another folder"),

@@ -4,20 +4,24 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'CHATML_TEMPLATE', 'LONGEST_WORD', 'CONTEXT', 'GENERATION_MARK', 'looks_like_path', 'Tokenizer',
-           'render_chat']
+           'chatml_template', 'render_chat', 'save_end_tokens']
 
 # %% ../nbs/00_tokenizer.ipynb #aa4faa0b
 import json
 import os
 import re
+import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Iterable, Iterator
-from functools import partial
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import jinja2
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
@@ -132,6 +136,7 @@ class Tokenizer:
         self.hf_tokenizer, self.eos_token_id = hf_tokenizer, hf_tokenizer.eos_token_id
         ids = hf_tokenizer.bos_token_id, hf_tokenizer.pad_token_id  # where a model has none, the end serves
         self.bos_token_id, self.pad_token_id = (self.eos_token_id if i is None else i for i in ids)
+        self.eos_token_ids = [self.eos_token_id]  # a generated text ends with any of these
         # Files without any rule about special tokens get ours; a rule that their makers wrote stays.
         rule = hf_tokenizer.backend_tokenizer.post_processor
         empty = isinstance(rule, (NoneType, TemplateProcessing)) and not hf_tokenizer.num_special_tokens_to_add()
@@ -173,20 +178,19 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path) -> "Tokenizer":
         """The tokenizer of a model on the Hugging Face hub, or one that lies in a folder."""
-        from transformers import AutoTokenizer
-
         if not Path(name_or_folder).expanduser().exists() and looks_like_path(str(name_or_folder)):
             raise ValueError(f"name_or_folder={str(name_or_folder)!r}: there is no such folder; check its spelling")
-        try:
-            path = Path(name_or_folder)
-            if path.is_file():  # a GGUF file holds its tokenizer
-                hf_tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            else:
-                hf_tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
-        except (OSError, ValueError) as error:
-            remedy = "give a folder with a tokenizer.json, or a name of the Hugging Face hub (is it reachable?)"
-            raise ValueError(f"name_or_folder={str(name_or_folder)!r} holds no tokenizer: {remedy}") from error
-        return cls(hf_tokenizer)
+        hf_tokenizer = _open_tokenizer(name_or_folder)
+        hf_tokenizer.chat_template = _write_marks(hf_tokenizer.chat_template, "%")
+        if hf_tokenizer.eos_token_id is None:
+            remedy = "set eos_token in tokenizer_config.json to the special token that ends a document"
+            raise ValueError(f"name_or_folder={str(name_or_folder)!r} has a tokenizer without eos_token: {remedy}")
+        tokenizer = cls(hf_tokenizer)
+
+        # The checkpoint may list more tokens that end a text, such as the end of a turn.
+        listed = [] if Path(name_or_folder).is_file() else _listed_ends(name_or_folder)
+        tokenizer.eos_token_ids = list(dict.fromkeys([tokenizer.eos_token_id, *listed]))
+        return tokenizer
 
     def add_start_token(self) -> None:
         """Let `transformers` and others put the start token before a text, once, as `encode_document` does."""
@@ -202,8 +206,15 @@ class Tokenizer:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files that `transformers.AutoTokenizer.from_pretrained(folder)` reads."""
-        self.hf_tokenizer.save_pretrained(folder)
-        _use_old_names(Path(folder) / "tokenizer_config.json")
+        template = self.hf_tokenizer.chat_template
+        self.hf_tokenizer.chat_template = _write_marks(template, "#")
+        try:
+            self.hf_tokenizer.save_pretrained(folder)
+            _use_old_names(Path(folder) / "tokenizer_config.json")
+        finally:
+            self.hf_tokenizer.chat_template = template
+        if len(self.eos_token_ids) > 1 or (Path(folder) / "generation_config.json").exists():
+            save_end_tokens(folder, self.eos_token_ids)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, with nothing put around them; many texts at once use all processors."""
@@ -280,28 +291,98 @@ class Tokenizer:
         """The ids of a whole document, between those that say where it begins and ends."""
         return [self.bos_token_id, *self.encode(text), self.eos_token_id]
 
-    def _encode_chat(self, messages: list[dict], add_generation_prompt: bool) -> tuple[list[int], list[bool]]:
-        """Ids of all pieces, each encoded by itself, and for each id whether the assistant said it."""
-        ids, mask = list[int](), list[bool]()
+    def _encode_chat(self, messages: list[dict], add_generation_prompt: bool) -> tuple[list[int], list[int]]:
+        """Ids of all pieces, each encoded by itself, and for each id the number of its answer; 0: not said."""
+        ids: list[int] = []
+        answers: list[int] = []
         _check_messages(messages)
-        for text, special, said in render_chat(self.hf_tokenizer, messages, add_generation_prompt):
+        for text, special, answer in render_chat(self.hf_tokenizer, messages, add_generation_prompt):
             row = [self.hf_tokenizer.convert_tokens_to_ids(text)] if special else self.encode(text)
             ids += row
-            mask += [said] * len(row)
-        return ids, mask
+            answers += [answer] * len(row)
+        return ids, answers
 
     def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
         """The ids of a chat, up to where the assistant speaks if asked for; what is typed in it stays plain text."""
         return self._encode_chat(messages, add_generation_prompt)[0]
 
+    def check_marks(self) -> None:
+        """Raise a ValueError if the chat template does not mark what the assistant says."""
+        if not GENERATION_MARK.search(_template_of(self.hf_tokenizer)):
+            raise ValueError("chat_template has no {% generation %} mark: set it to CHATML_TEMPLATE, or use --chatml")
+
     def chat_ids_and_mask(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
         """The ids of a chat, and for each whether the assistant said it: to train on these only."""
-        if not GENERATION_MARK.search(self.hf_tokenizer.get_chat_template()):
-            raise ValueError("chat_template has no {% generation %} mark: set it to CHATML_TEMPLATE")
-        return self._encode_chat(messages, add_generation_prompt=False)
+        self.check_marks()
+        ids, answers = self._encode_chat(messages, add_generation_prompt=False)
+        return ids, [answer > 0 for answer in answers]
+
+    def last_answer_mask(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
+        """The ids of a chat, and for each whether it belongs to what the assistant said in the last message."""
+        self.check_marks()
+        ids, answers = self._encode_chat(messages, add_generation_prompt=False)
+
+        # Marked parts are counted, not measured: a template may write earlier turns shorter once they are old.
+        parts_before = 0
+        if messages[:-1]:
+            parts_before = max(self._encode_chat(messages[:-1], add_generation_prompt=False)[1], default=0)
+        first = min(parts_before + 1, max(answers, default=0))  # some templates mark only the last answer
+        return ids, [answer >= first > 0 for answer in answers]
+
+    def answer_end(self) -> int | None:
+        """The special token that ends an answer, as the chat template writes it; None if there is none."""
+        chat = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
+        pieces = render_chat(self.hf_tokenizer, chat)
+        marked = any(answer for _, _, answer in pieces)
+        written = "".join(text for text, _, answer in pieces if answer or not marked)
+        behind = written.rpartition(_PROBE)[2]
+
+        # Without marks nobody knows how far the answer goes, so the first special token has to be its end.
+        added = self.hf_tokenizer.added_tokens_decoder
+        names = {token.content: i for i, token in added.items()}
+        found = [names[name] for name in _any_of(names).findall(behind)]
+        if not found:
+            return None
+        return found[-1] if marked else found[0]
 
 # %% ../nbs/00_tokenizer.ipynb #ef30a0ba
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # begins what the assistant says in a chat template
+# Begins what the assistant says in a chat template; in a file the marks are comments, see `_write_marks`.
+GENERATION_MARK = re.compile(r"\{[%#][-+]?\s*generation\s*[-+]?[%#]\}")
+_MARKED_PART = re.compile(
+    r"\{[%#]([-+]?\s*generation\s*[-+]?)[%#]\}(.*?)\{[%#]([-+]?\s*endgeneration\s*[-+]?)[%#]\}", re.DOTALL
+)
+_PROBE = "A cat sat."  # an answer that stands in no template
+
+
+def _write_marks(template: Any, sign: str) -> Any:
+    """Write the marks of one or more templates as statements ("%"), or as comments ("#"), which all readers skip."""
+    if isinstance(template, dict):
+        return {name: _write_marks(text, sign) for name, text in template.items()}
+    if not isinstance(template, str):
+        return template
+    return _MARKED_PART.sub(rf"{{{sign}\1{sign}}}\2{{{sign}\3{sign}}}", template)
+
+
+def _template_of(hf_tokenizer) -> str:
+    """The chat template of a tokenizer, with its marks as statements."""
+    template = hf_tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
+    if not isinstance(template, str):
+        raise ValueError("the tokenizer has no chat template; `tinylm sft --chatml` teaches a model to chat")
+    return _write_marks(template, "%")
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern:
+    """A pattern that finds any of these names, the longest first; it finds nothing if there are none."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def chatml_template(tokenizer: "Tokenizer") -> str:
+    """ChatML for a tokenizer; one without `<|im_end|>` ends a message with its end of text, which is one token too."""
+    has_end = SPECIAL_TOKENS[3] in tokenizer.hf_tokenizer.added_tokens_encoder
+    return CHATML_TEMPLATE if has_end else CHATML_TEMPLATE.replace(f"'{SPECIAL_TOKENS[3]}'", "eos_token")
 
 
 def _guarded(messages: list[dict], special: re.Pattern) -> tuple[list[dict], str]:
@@ -321,18 +402,185 @@ def _check_messages(messages: list[dict]) -> None:
             raise ValueError(f"messages[{i}]={message!r} needs a role (system, user, assistant, tool) and a content")
 
 # %% ../nbs/00_tokenizer.ipynb #cf3178ec
-def render_chat(hf_tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> list[tuple]:
-    """The chat as its template writes it, in pieces: text, is it a special token?, did the assistant say it?"""
+@contextmanager
+def _limited(seconds: float = 3.0, megabytes: int = 512) -> Iterator[None]:
+    """Stop a foreign program that computes too long, or takes too much memory (in the main thread, where known)."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"it computes longer than {seconds:.0f} seconds")
+
+    handler = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        with _memory_limit(megabytes):
+            yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, handler or signal.SIG_DFL)
+
+
+@contextmanager
+def _memory_limit(megabytes: int) -> Iterator[None]:
+    """Let this process take so much more memory, and not a page beyond; Linux only."""
+    usage = Path("/proc/self/statm")  # begins with the number of pages in use
+    if not usage.exists():
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = int(usage.read_text().split()[0]) * resource.getpagesize() + megabytes * 2**20
+    if soft != resource.RLIM_INFINITY:
+        limit = min(limit, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@lru_cache
+def _check_powers(template: str) -> None:
+    """Raise a ValueError for powers in a template: a single one can compute for hours, and nothing could stop it."""
+    before = "("
+    for line, kind, word in jinja2.Environment().lex(template):
+        if kind == "operator" and word == "**" and before not in "(,":  # after these it unpacks arguments
+            raise ValueError(f"line {line}: it computes a power, which no chat needs")
+        if kind != "whitespace":
+            before = word
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong with a chat template, in one line."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        text = f"line {error.lineno}: {error.message}"
+    elif isinstance(error, MemoryError):
+        text = "it takes more than 512 MB of memory"
+    else:  # what the template itself says with raise_exception, or what it did
+        text = str(error) or type(error).__name__
+    return textwrap.shorten(text, 300, placeholder=" ...")
+
+
+def _render(hf_tokenizer, messages: list[dict], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+    """The text of one chat, and where its answers are; whatever the template does wrong is a ValueError of one line."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    tokens = [re.escape(token.content) for token in hf_tokenizer.added_tokens_decoder.values() if token.special]
-    special = re.compile("|".join(sorted(tokens, key=len, reverse=True)))
-    template, (safe, guard) = hf_tokenizer.get_chat_template(), _guarded(messages, special)
+    template = _template_of(hf_tokenizer)
     marked = bool(GENERATION_MARK.search(template))
     options: dict[str, Any] = {"chat_template": template, "add_generation_prompt": add_generation_prompt}
     options |= {"return_assistant_tokens_mask": marked, **hf_tokenizer.special_tokens_map}
-    rendered: Any = render_jinja_template([safe], **options)  # a list of texts, and the spans of the assistant in each
-    text, said = rendered[0][0], rendered[1][0] if marked else []
-    cuts = sorted({0, len(text)}.union(*said, *(found.span() for found in special.finditer(text))))
-    pieces = [(text[i:j], any(start <= i and j <= end for start, end in said)) for i, j in zip(cuts, cuts[1:])]
-    return [(piece.replace(guard, ""), bool(special.fullmatch(piece)), own) for piece, own in pieces]
+    try:
+        _check_powers(template)
+        with _limited():
+            rendered: Any = render_jinja_template([messages], **options)
+        texts, spans = rendered  # each of one chat
+        if len(texts[0]) > 1_000_000 + 100 * len(str(messages)):
+            raise ValueError(f"it writes {len(texts[0]):,} characters")
+    except Exception as error:
+        begin = textwrap.shorten(str([(m["role"], m["content"]) for m in messages]), 120, placeholder=" ...")
+        remedy = "change the messages, or the template of the tokenizer (sft and dpo take --chatml)"
+        raise ValueError(f"the chat template fails: {_reason(error)}; in the chat {begin}; {remedy}") from error
+    return texts[0], spans[0] if marked else []
+
+
+def render_chat(
+    hf_tokenizer,  # of `transformers`, with a chat template
+    messages: list[dict],  # each with a role and a content
+    add_generation_prompt: bool = False,  # go on to where the assistant speaks
+) -> list[tuple[str, bool, int]]:  # text; is it a special token?; which answer of the assistant, from 1, or 0
+    """Give the chat in pieces, as its template writes it."""
+    # Let the template write the chat, with the special tokens that people typed broken up.
+    special = _any_of(token.content for token in hf_tokenizer.added_tokens_decoder.values() if token.special)
+    safe, guard = _guarded(messages, special)
+    text, answers = _render(hf_tokenizer, safe, add_generation_prompt)
+
+    # Cut it where special tokens and answers begin and end.
+    spans = [found.span() for found in special.finditer(text)]
+    cuts = sorted({0, len(text)}.union(*answers, *spans))
+    pieces = []
+    for begin, end in zip(cuts, cuts[1:]):
+        piece = text[begin:end]
+        inside = [number for number, (first, last) in enumerate(answers, 1) if first <= begin and end <= last]
+        pieces.append((piece.replace(guard, ""), bool(special.fullmatch(piece)), max(inside, default=0)))
+    return pieces
+
+# %% ../nbs/00_tokenizer.ipynb #46b30f8e
+def _read_json(path: Path) -> dict:
+    """What a JSON file holds, or a ValueError of one line that names it."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it anew from where it came") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, no fields: copy it anew from where it came")
+    return value
+
+
+def _open_tokenizer(name_or_folder: str | Path) -> Any:
+    """The tokenizer of `transformers` in a folder or of the hub; no code of a checkpoint is ever run."""
+    import transformers
+
+    # The files by themselves first: what is said about a damaged one further down is about something else.
+    folder, name = Path(name_or_folder), f"name_or_folder={str(name_or_folder)!r}"
+    files = [folder / f"{part}.json" for part in ("tokenizer", "tokenizer_config", "special_tokens_map")]
+    present = [path for path in files if path.is_file()]
+    contents = {path.stem: _read_json(path) for path in present}
+
+    # Without the code of a class of its own, another class would be taken, and perhaps other tokens.
+    needs_code = "it needs code of its own (auto_map), which is not run here; give one with a tokenizer.json only"
+    config = contents.get("tokenizer_config", {})
+    known = hasattr(transformers, str(config.get("tokenizer_class")))
+    if "AutoTokenizer" in (config.get("auto_map") or {}) and not known:
+        raise ValueError(f"{name} cannot be used: {needs_code}")
+
+    try:
+        if folder.is_file():  # a GGUF file holds its tokenizer
+            where = {"pretrained_model_name_or_path": folder.parent, "gguf_file": folder.name}
+        else:
+            where = {"pretrained_model_name_or_path": name_or_folder}
+        hf_tokenizer = transformers.AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust library has kinds of its own, and panics that are no Exception
+        remedy = "give a folder with a tokenizer.json, or a name of the Hugging Face hub (is it reachable?)"
+        if "trust_remote_code" in str(error):
+            raise ValueError(f"{name} cannot be used: {needs_code}") from error
+        if present:
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
+            remedy = f"its files are damaged ({reason}); copy them anew from where they came"
+        raise ValueError(f"{name} holds no tokenizer: {remedy}") from error
+
+    if not isinstance(hf_tokenizer.chat_template, str | dict | None):
+        kind = type(hf_tokenizer.chat_template).__name__
+        raise ValueError(f"{name} has a {kind} for a chat template: give a text, or leave it out")
+    return hf_tokenizer
+
+
+def _listed_ends(name_or_folder: str | Path) -> list[int]:
+    """The end tokens that a checkpoint lists: in generation_config.json, or else in config.json; often none."""
+    from transformers.utils import cached_file
+
+    for file in ("generation_config.json", "config.json"):
+        try:
+            path = cached_file(str(name_or_folder), file)
+        except OSError:  # the hub cannot be reached
+            path = None
+        listed = _read_json(Path(path)).get("eos_token_id") if path else None
+        if listed is None:
+            continue
+        ids = listed if isinstance(listed, list) else [listed]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError(f"{path}: eos_token_id={listed!r}: give the id of a token, or a list of ids")
+        return ids
+    return []
+
+
+def save_end_tokens(folder: str | Path, eos_token_ids: list[int]) -> None:
+    """List the end tokens in generation_config.json, beside what it says already."""
+    path = Path(folder) / "generation_config.json"
+    settings = _read_json(path) if path.exists() else {}
+    settings["eos_token_id"] = eos_token_ids if len(eos_token_ids) > 1 else eos_token_ids[0]
+    path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
