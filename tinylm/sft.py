@@ -7,7 +7,6 @@ __all__ = ['SAMPLE', 'turn', 'to_messages', 'ramble', 'story_chat', 'read_record
            'ChatTrainer', 'check', 'TuneConfig', 'SFTConfig', 'open_base', 'load_chats', 'fine_tune', 'sft']
 
 # %% ../nbs/13_sft.ipynb #9b2f2210
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
