@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 
 from .generate import SamplingConfig
-from .model import FAMILIES, Block, Family, ModelConfig, TinyLM, _one_line, config_from_hf, config_to_hf
+from tinylm.model import (
+    FAMILIES,
+    Block,
+    Family,
+    ModelConfig,
+    TinyLM,
+    _one_line,
+    check_memory,
+    config_from_hf,
+    config_to_hf,
+)
 from .tokenizer import Tokenizer
 
 # %% ../nbs/15_hub.ipynb #6e19721b
@@ -137,10 +147,13 @@ def load_model(name: str | Path) -> TinyLM:
     where = where if path.is_file() else {"pretrained_model_name_or_path": str(name)}
     with _one_line(path, _REMEDY):
         hf, _ = library.PretrainedConfig.get_config_dict(**where)
+        if not isinstance(hf, dict):
+            raise ValueError("config.json holds no fields")
+        config = config_from_hf(hf, ALL_FAMILIES)
+    check_memory(config)
     if hf.get("model_type") == "tinylm":
         return TinyLM.from_pretrained(name if path.exists() else snapshot_download(str(name)))
     with _one_line(path, _REMEDY):
-        config = config_from_hf(hf, ALL_FAMILIES)
         options = {"dtype": "auto", "use_safetensors": True, "output_loading_info": True}
         peer, info = library.AutoModelForCausalLM.from_pretrained(**where, **options, ignore_mismatched_sizes=True)
     if wrong := _unfit(info):

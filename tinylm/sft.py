@@ -134,6 +134,10 @@ class ChatTrainer(Trainer):
             lora["default"].load_state_dict(lora.pop("saved").state_dict())
         set_adapter(self.model, "default")
 
+    def summary(self) -> list[tuple[str, str]]:
+        """Name and value of what was reached; only what the assistant says is counted."""
+        return [("validation loss", f"{self.validation_loss:.4f} nats per token of an answer")]
+
     def sample(self) -> str:
         """How the model answers `sample_prompt` now, or a question about a story if there is none."""
         question = self.config.sample_prompt or SAMPLE
@@ -179,7 +183,7 @@ def open_base(config: Any) -> tuple[TinyLM, Tokenizer]:
     """Model and tokenizer of a run, with an adapter if one is asked for."""
     run, data = Path(config.run), config.data
     alone = (run / "adapter_config.json").exists() and "is an adapter without its base; give the folder that it is in"
-    missing = alone or f"holds no trained model; `tinylm pretrain --out {run}` makes one"
+    missing = alone or "holds no trained model; give the folder of a finished run, or of a checkpoint"
     check(config, {"run": ((run / "config.json").exists(), missing)})
     model, tokenizer = TinyLM.from_pretrained(run), Tokenizer.from_pretrained(run)
     if config.chatml:
