@@ -55,7 +55,7 @@ def place(tmp_path_factory):
     for name, (file, content) in broken.items():
         shutil.copytree(folder / "run", folder / name)
         (folder / name / file).write_bytes(content)
-    for name, entries in {"text": {"hidden_size": "wide"}, "huge": {"hidden_size": 4_000_000}}.items():
+    for name, entries in {"text": {"hidden_size": "wide"}, "huge": {"hidden_size": 400_000_000}}.items():
         checkpoint(folder / f"json-{name}", **entries)
     checkpoint(folder / "json-long", max_position_embeddings=10**11)
     pair = {"prompt": "where is the owl?", "chosen": "on the roof.", "rejected": "on the mat."}
@@ -86,7 +86,7 @@ FILES = {  # a run with a broken file: what the line says
     "json-number": "json-number cannot be used",
     "json-deep": "json-deep cannot be used",
     "json-text": "hidden_size",
-    "json-huge": "make one of these smaller: vocab_size=300, hidden_size=4000000",
+    "json-huge": "make one of these smaller: vocab_size=300, hidden_size=400000000",
     "json-long": "max_position_embeddings=100000000000",
     "weights-empty": "weights-empty cannot be used",
     "weights-torn": "weights-torn cannot be used",

@@ -101,7 +101,7 @@ class ModelConfig(OptionalParts):
             "hidden_size": (self.head_dim or D % H == 0, f"make it a multiple of num_attention_heads={H}"),
             "num_key_value_heads": (H % sizes["num_key_value_heads"] == 0, f"make it divide num_attention_heads={H}"),
             "attention_dropout": (0 <= self.attention_dropout < 1, "use 0 or more and less than 1"),
-            "no_rope_layers": (set(self.no_rope_layers) <= set(range(L)), f"there are layers 0 to {L - 1}"),
+            "no_rope_layers": (all(0 <= layer < L for layer in self.no_rope_layers), f"there are layers 0 to {L - 1}"),
             "qk_norm_full": (self.qk_norm or not self.qk_norm_full, "it needs qk_norm=True"),
             "hidden_act": (self.hidden_act in FEED_FORWARDS, f"use one of {', '.join(FEED_FORWARDS)}"),
             "first_k_dense_replace": (self.first_k_dense_replace <= L, f"there are {L} layers"),
