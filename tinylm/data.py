@@ -121,6 +121,8 @@ class DataConfig:
         for name, low in {"seq_len": 2, "stories": 1, "validation_stories": 1, "max_documents": 1, "seed": 0}.items():
             if getattr(self, name) is not None and getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+        if self.vocab_size > Tokenizer.MOST_TOKENS:
+            raise ValueError(f"vocab_size is {self.vocab_size}; it must be at most {Tokenizer.MOST_TOKENS:,}")
         if not 0 < self.validation_fraction <= 0.5:
             raise ValueError(f"validation_fraction is {self.validation_fraction}; it must be above 0 and at most 0.5")
 

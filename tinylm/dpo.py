@@ -233,6 +233,9 @@ class ReferenceTrainer(ChatTrainer):
 class DPOTrainer(ReferenceTrainer):
     """A trainer on pairs; what its metrics call tokens are pairs."""
 
+    unit = "pairs"
+    reached: dict = {}  # what the last validation measured
+
     def loss(self, batch: dict) -> tuple:
         """The summed loss of pairs, and their number."""
         ref_logps = self.reference_logps(batch)
@@ -250,13 +253,40 @@ class DPOTrainer(ReferenceTrainer):
         if self.world_size > 1:
             dist.all_reduce(sums)
         names = "preference_loss", "reward_chosen", "reward_rejected", "margin", "accuracy"
-        numbers |= dict(zip(names, (sums[1:] / sums[0]).tolist()))
+        numbers.update(zip(names, (sums[1:] / sums[0]).tolist()))
         if "validation_loss" in numbers and self.reference:
             rows, most = [pair[0] for pair in self.validation.file[:64]], self.model.config.max_position_embeddings
             prompts = [ids[: next(t for t, y in enumerate(labels) if y >= 0)] for ids, labels in rows]
             how = SamplingConfig(min(self.config.sample_tokens, most - max(map(len, prompts))))
             numbers["kl"] = kl_to_reference(self.model, self.reference, prompts, how, ends(self.tokenizer))
+        if "validation_loss" in numbers:
+            self.reached = numbers
         super().log(**numbers)
+
+    def summary(self) -> list[tuple[str, str]]:
+        """Name and value of what training on pairs reached, for the table at the end."""
+        reached, objective = self.reached, self.objective
+        if not reached:
+            return [("validation loss", "not measured")]
+
+        # The loss is a sum, and its parts have different units.
+        preference = reached["preference_loss"]
+        rows = [("preference loss", f"{preference:.4f} per pair ({objective.loss}, beta {objective.beta:g})")]
+        weight = objective.sft_weight
+        if weight:
+            nats = (reached["validation_loss"] - preference) / weight
+            rows.append(("loss of chosen answers", f"{nats:.4f} nats per token"))
+            parts = f"preference loss + {weight:g} x loss of chosen answers (--sft-weight 0: plain DPO)"
+            rows.append(("validation loss", f"{reached['validation_loss']:.4f} = {parts}"))
+
+        # What the pairs say about the model, and how far it is from where it began.
+        rewards = f"rewards: chosen {reached['reward_chosen']:.3f}, rejected {reached['reward_rejected']:.3f}"
+        rows.append(("pairs ranked right", f"{reached['accuracy']:.1%} of {len(self.validation.file):,}"))
+        rows.append(("margin", f"{reached['margin']:.3f} ({rewards})"))
+        if "kl" in reached:
+            count = min(64, len(self.validation.file))
+            rows.append(("KL to the reference", f"{reached['kl']:.3f} nats per answer, estimated from {count} answers"))
+        return rows
 
     def plot(self) -> Any:
         """The figure that becomes loss.png, with more curves."""
@@ -295,7 +325,7 @@ class DPOConfig(TuneConfig):
     beta: float = 0.1  # price of straying from the reference
     label_smoothing: float = 0.0  # share of the verdicts taken to be the wrong way round ("sigmoid", "simpo")
     gamma: float = 0.5  # how far apart rewards shall be ("simpo")
-    sft_weight: float = 1.0  # so many times the chosen answers' mean loss is added (RPO, ORPO); 0: not at all
+    sft_weight: float = 1.0  # so many times the chosen answers' mean loss is added (RPO, ORPO); 0: plain DPO
     reference: str = "copy"  # "copy", "adapter" (the model without it) or "precomputed"
 
     command = "dpo"  # of the command line

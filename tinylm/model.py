@@ -7,12 +7,14 @@ __all__ = ['FEED_FORWARDS', 'IGNORE_INDEX', 'FAMILIES', 'COMPUTED', 'ALL_FAMILIE
            'ModelConfig', 'Block', 'find_tokens', 'count_tokens', 'Decoder', 'shift_labels', 'token_losses',
            'linear_cross_entropy', 'write_errors', 'draft_folder', 'TinyLM', 'Family', 'write_window', 'config_from_hf',
            'old_entries', 'obstacles', 'config_to_hf', 'transposed', 'Layout', 'their_tensors', 'fill',
-           'load_transformers', 'count_parameters', 'flops_by_part', 'flops_per_token', 'cache_bytes']
+           'load_transformers', 'count_parameters', 'flops_by_part', 'flops_per_token', 'cache_bytes', 'machine_memory',
+           'check_memory']
 
 # %% ../nbs/05_model.ipynb #acea4932
 import copy
 import json
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -97,6 +99,8 @@ class ModelConfig(OptionalParts):
 
     def __post_init__(self):
         for name, value in vars(self).items():
+            if type(value) is float and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}: use a finite number")
             if type(value) in (int, float) and value <= 0 and value != getattr(ModelConfig, name):  # 0 by default
                 raise ValueError(f"{name} is {value}: use a number above 0")
         D, L, H, sizes = self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.derived()
@@ -104,7 +108,7 @@ class ModelConfig(OptionalParts):
             "hidden_size": (self.head_dim or D % H == 0, f"make it a multiple of num_attention_heads={H}"),
             "num_key_value_heads": (H % sizes["num_key_value_heads"] == 0, f"make it divide num_attention_heads={H}"),
             "attention_dropout": (0 <= self.attention_dropout < 1, "use 0 or more and less than 1"),
-            "no_rope_layers": (set(self.no_rope_layers) <= set(range(L)), f"there are layers 0 to {L - 1}"),
+            "no_rope_layers": (all(0 <= layer < L for layer in self.no_rope_layers), f"there are layers 0 to {L - 1}"),
             "qk_norm_full": (self.qk_norm or not self.qk_norm_full, "it needs qk_norm=True"),
             "hidden_act": (self.hidden_act in FEED_FORWARDS, f"use one of {', '.join(FEED_FORWARDS)}"),
             "first_k_dense_replace": (self.first_k_dense_replace <= L, f"there are {L} layers"),
@@ -454,6 +458,7 @@ class TinyLM(nn.Module):
         folder = Path(where["pretrained_model_name_or_path"])
         with _one_line(folder / "config.json", "change it, or give another model"):
             config = config_from_hf(hf, ALL_FAMILIES)
+            check_memory(config)
             model = cls(config, block)
 
         # A file with the names of this library, or with the parts of an own block, is read as it is.
@@ -833,22 +838,32 @@ def _read_tensors(name: str | Path, where: dict[str, str]) -> dict[str, Tensor]:
 PARTS = {"norm": "norms", "self_attn": "attention", "mlp": "mlp", "embed": "embedding", "lm_head": "lm_head"}
 
 
-def _weights(config: ModelConfig) -> Iterator[tuple[str, Tensor, float]]:
-    """Component, weight and the share of it that works for one token, of a model without memory of its own."""
+def _weights(config: ModelConfig) -> Iterator[tuple[str, Tensor, int, float]]:
+    """Give component, weight, number of weights like it, and the share of them that works for one token.
+
+    Layers of a kind are alike, so a model with one layer of each kind is built, and without memory of its own.
+    """
+    num_layers = config.num_hidden_layers
+    dense = min(config.first_k_dense_replace, num_layers)
+    layers = [count for count in (dense, num_layers - dense) if count]  # how many there are of each kind
+    small = replace(config, num_hidden_layers=len(layers), first_k_dense_replace=min(dense, 1), no_rope_layers=())
     with torch.device("meta"):
-        model = TinyLM(config)
+        model = TinyLM(small)
     used = config.num_experts_per_tok / (config.num_experts or config.num_experts_per_tok)
     for name, weight in model.named_parameters():
         part = next(part for place, part in PARTS.items() if place in name)
-        yield part, weight, used if ".experts." in name else 1.0
+        copies = layers[int(name.split(".")[2])] if name.startswith("model.layers.") else 1
+        yield part, weight, copies, used if ".experts." in name else 1.0
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Parameters by component; "total", "active" in one token, "non_embedding" without the two vocabulary tables."""
-    weights, counts = list(_weights(config)), dict.fromkeys(PARTS.values(), 0)
-    for part, weight, _ in weights:
-        counts[part] += weight.numel()
-    total, active = sum(counts.values()), sum(weight.numel() * used for _, weight, used in weights)
+    counts = dict.fromkeys(PARTS.values(), 0)
+    active = 0.0
+    for part, weight, copies, used in _weights(config):
+        counts[part] += copies * weight.numel()
+        active += copies * weight.numel() * used
+    total = sum(counts.values())
     rest = total - counts["embedding"] - counts["lm_head"]
     return {**counts, "total": total, "active": round(active), "non_embedding": rest}
 
@@ -856,8 +871,9 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 def flops_by_part(config: ModelConfig, seq_len: int) -> dict[str, int]:
     """Forward FLOPs per token of each kind of matrix product, in texts of this length (Kaplan et al. 2020, table 1)."""
     work, c, sizes = dict.fromkeys(PARTS.values(), 0.0), config, config.derived()
-    for part, weight, used in _weights(config):
-        work[part] += 2 * weight.numel() * used * (weight.ndim > 1)  # two per weight of a matrix
+    for part, weight, copies, used in _weights(config):
+        if weight.ndim > 1:
+            work[part] += 2 * copies * weight.numel() * used  # two per weight of a matrix
     scored = sizes.get("qk_nope_head_dim", sizes["head_dim"]) + sizes.get("qk_rope_head_dim", 0)
     mixed = sizes.get("v_head_dim", sizes["head_dim"])
     return {
@@ -877,3 +893,43 @@ def cache_bytes(config: ModelConfig, batch_size: int, length: int, dtype: torch.
     """Memory of the keys and values that generation keeps for texts of this length."""
     stored = sum(heads * size for heads, size in config.cache_shapes())
     return config.num_hidden_layers * batch_size * length * stored * dtype.itemsize
+
+# %% ../nbs/05_model.ipynb #5d9b2b76
+def machine_memory() -> int | None:
+    """Give the bytes of memory that this process can have at most; None where the system does not say."""
+    limits = []
+    with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with suppress(ValueError, OSError):  # a container may have less; "max" if it has no limit
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits, default=None)
+
+
+def check_memory(
+    config: ModelConfig,  # of the model that is to be built
+    copies: int = 1,  # numbers kept for each parameter; 3 in training: weight, gradient and at least one average
+    rows: int = 0,  # texts that are read at the same time
+    seq_len: int = 0,  # their length in tokens
+    limit: int | None = None,  # bytes of memory; None: those of this machine
+) -> None:
+    """Raise if not even the least that a model and a batch need can fit into memory."""
+    limit = limit or machine_memory()
+    if limit is None:
+        return
+    parameters = count_parameters(config)["total"]
+    sizes = config.derived()
+    rotated = sizes.get("qk_rope_head_dim", sizes["head_dim"])
+    model_bytes = 4 * (copies * parameters + 2 * config.max_position_embeddings * rotated)
+    if model_bytes > limit:
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+        shape = ", ".join(f"{name}={getattr(config.resolved(), name)}" for name in names)
+        needs = f"{parameters:,} parameters need {model_bytes / 1e9:,.1f} GB of memory"
+        raise ValueError(f"model: {needs}, this machine has {limit / 1e9:,.1f} GB; make one of these smaller: {shape}")
+
+    # A mask of (T, T) for each row, and one vector for each token and layer, which the backward pass reads again.
+    layers = config.num_hidden_layers if copies > 1 else 1
+    batch_bytes = rows * seq_len * (seq_len + 4 * config.hidden_size * layers)
+    if model_bytes + batch_bytes > limit:
+        needs = f"{rows} rows of {seq_len} tokens need {batch_bytes / 1e9:,.1f} GB of memory"
+        remedy = "make data.seq_len or train.batch_size smaller, or train.grad_accum_steps larger"
+        raise ValueError(f"data.seq_len={seq_len}: {needs}, this machine has {limit / 1e9:,.1f} GB; {remedy}")

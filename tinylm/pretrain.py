@@ -9,7 +9,7 @@ __all__ = ['PRECISIONS', 'TRACKERS', 'SCHEDULES', 'RISING_SCHEDULES', 'OPTIMIZER
            'write_folder', 'remove_litter', 'checkpoints', 'Progress', 'cut_log', 'Checkpointed', 'read_metrics',
            'plot_loss', 'with_bar', 'TrainingDiverged', 'Interrupted', 'stop_requests', 'Trainer', 'PretrainConfig',
            'run_lock', 'empty_run', 'resume_command', 'check_writable', 'check_run', 'with_full_paths', 'save_config',
-           'make_trainer', 'run_identity', 'run_stage', 'pretrain', 'measure_matmul_peak']
+           'make_trainer', 'check_fit', 'run_identity', 'run_stage', 'pretrain', 'measure_matmul_peak']
 
 # %% ../nbs/11_pretrain.ipynb #40ff3010
 import atexit
@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 from .data import Batches, DataConfig, Prepared, prepare
 from .generate import SamplingConfig, encode_prompt, evaluation_mode, generate_text
-from .model import IGNORE_INDEX, ModelConfig, TinyLM, count_tokens, shift_labels, write_errors
+from .model import IGNORE_INDEX, ModelConfig, TinyLM, check_memory, count_tokens, shift_labels, write_errors
 from .moe import update_router_biases
 
 # %% ../nbs/11_pretrain.ipynb #c6babe36
@@ -216,6 +216,8 @@ class TrainConfig:
             if name in tables and value not in tables[name]:
                 raise ValueError(f"train.{name}={value!r}: give one of {', '.join(tables[name])}")
             low, high = ranges.get(name, (0, math.inf))
+            if name == "num_threads":  # so many that the system refuses them end the process without a word
+                high = max(64, os.cpu_count() or 1)
             if isinstance(value, (int, float)) and not low <= value <= high:
                 raise ValueError(f"train.{name}={value!r}: give a number from {low} to {high}")
 
@@ -615,6 +617,7 @@ class Trainer(Checkpointed):
     """The loop: train, and after each step do what is due."""
 
     samples_text = True  # whether the tokenizer can encode what samples begin with
+    unit = "tokens"  # what `Progress.tokens` counts, for the progress bar; another stage may count something else
 
     def run(self) -> Progress:
         """Train from where the state is to the end."""
@@ -684,7 +687,7 @@ class Trainer(Checkpointed):
         if p.step % config.log_interval == 0 or p.step == 1:
             (loss, targets, seconds), p.recent = (sum(column) for column in zip(*p.recent)), []
             mean, speed = loss / max(1, targets), targets / max(seconds, 1e-9)
-            bar.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tokens/s")
+            bar.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} {self.unit}/s")
             rate = config.learning_rate * lr_factor(p.step - 1, config)
             self.log(loss=mean, grad_norm=norm, lr=rate, tokens_per_second=round(speed, 1))
         due: dict[Callable, int] = {self.validate: config.eval_interval, self.show: config.sample_interval}
@@ -768,6 +771,10 @@ class Trainer(Checkpointed):
     def sample(self) -> str:
         """What the model writes now."""
         return self.config.sample_prompt + self.go_on(self.prompt_ids(), min_p=0.02, seed=self.progress.step)
+
+    def summary(self) -> list[tuple[str, str]]:
+        """Name and value of what this stage reached, for the table at the end; another stage may override this."""
+        return [("validation loss", f"{self.validation_loss:.4f} nats per token")]
 
     def show(self) -> None:
         """Draw loss.png; print a sample, and keep it in samples.txt."""
@@ -907,8 +914,20 @@ def make_trainer(config: PretrainConfig, prepared: Prepared, trainer: Callable[.
     return trainer(model, train, config.out, batches, validation, prepared.tokenizer, floor, identity, prepared)
 
 
+def check_fit(config: PretrainConfig, world_size: int) -> None:
+    """Raise if not even the least that a recipe needs fits into memory, before anything is read or built."""
+    train, model = config.train, config.model
+    if config.data.tokenizer == "bpe":
+        model = replace(model, vocab_size=config.data.vocab_size)
+    if choose_device(train.device).type != "cpu" or train.fsdp:  # then the rest is not in this memory
+        check_memory(model)
+        return
+    micro_batch = -(-train.batch_size // (world_size * train.grad_accum_steps))
+    check_memory(model, copies=3, rows=micro_batch, seq_len=min(config.data.seq_len, model.max_position_embeddings))
+
+
 # What a run has reached; the loss is that of the saved model.
-Result = namedtuple("Result", "out model prepared progress validation_loss floor")
+Result = namedtuple("Result", "out model prepared progress validation_loss floor summary")
 
 
 def run_identity(config: Any) -> dict:
@@ -957,7 +976,8 @@ def run_stage(config: Any, make: Callable[[Any], Trainer]) -> Result:
             raise Interrupted(f"{reason}; to go on: {resume_command(config)}", number) from None
         if world_size > 1:
             dist.barrier()  # rank 0 has written everything
-    return Result(out, trainer.model, trainer.prepared, progress, trainer.validation_loss, trainer.floor)
+    reached = trainer.validation_loss, trainer.floor, trainer.summary()
+    return Result(out, trainer.model, trainer.prepared, progress, *reached)
 
 
 def pretrain(config: PretrainConfig, trainer: Callable[..., Trainer] = Trainer) -> Result:
@@ -970,6 +990,7 @@ def pretrain(config: PretrainConfig, trainer: Callable[..., Trainer] = Trainer) 
             remedy = "the only weight of an answer is always 1, so the router learns nothing; use False"
             raise ValueError(f"model.norm_topk_prob=True with model.num_experts_per_tok=1: {remedy}")
         rank, world_size = join_processes(choose_device(config.train.device))
+        check_fit(config, world_size)
         if rank == 0:
             prepare(config.data)
         if world_size > 1:

@@ -150,6 +150,10 @@ class ChatTrainer(Trainer):
         question = self.config.sample_prompt or SAMPLE
         return self.tokenizer.apply_chat_template(turn(question, "")[:1], add_generation_prompt=True)
 
+    def summary(self) -> list[tuple[str, str]]:
+        """Name and value of what was reached; only what the assistant says is counted."""
+        return [("validation loss", f"{self.validation_loss:.4f} nats per token of an answer")]
+
     def sample(self) -> str:
         """How the model answers the question of samples now."""
         question = self.config.sample_prompt or SAMPLE
@@ -196,7 +200,7 @@ def open_base(config: Any) -> tuple[TinyLM, Tokenizer]:
     """Model and tokenizer of a run or of any checkpoint that can be opened, with an adapter if one is asked for."""
     run, data = Path(config.run), config.data
     alone = (run / "adapter_config.json").exists() and "is an adapter without its base; give the folder that it is in"
-    missing = alone or f"holds no trained model; `tinylm pretrain --out {run}` makes one"
+    missing = alone or "holds no trained model; give the folder of a finished run, or of a checkpoint"
     check(config, {"run": (run.is_file() or (run / "config.json").exists(), missing)})
     model, tokenizer = TinyLM.from_pretrained(run), Tokenizer.from_pretrained(run)
     check_vocabulary(model, tokenizer, f"run={config.run!r}: its tokenizer")

@@ -128,6 +128,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # no character: what Python makes of
 class Tokenizer:
     """Any fast Hugging Face tokenizer: trained, loaded, saved; plain text, documents and chats to ids and back."""
 
+    MOST_TOKENS = 2**20  # largest vocabulary that is trained; those of published models have up to 262,144
+
     def __init__(self, hf_tokenizer):
         if not getattr(hf_tokenizer, "is_fast", False):
             raise ValueError(f"hf_tokenizer={type(hf_tokenizer).__name__} is not a fast tokenizer of `transformers`")
@@ -153,6 +155,8 @@ class Tokenizer:
         """Learn a byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2); the same text gives the same merges."""
         if vocab_size < (smallest := len(SPECIAL_TOKENS) + 256):
             raise ValueError(f"vocab_size={vocab_size} is too small: special tokens and bytes alone need {smallest}")
+        if vocab_size > cls.MOST_TOKENS:  # the trainer asks for memory for all of them, and a refusal ends the process
+            raise ValueError(f"vocab_size={vocab_size} is too large: give at most {cls.MOST_TOKENS:,}")
         if isinstance(texts, str):
             raise ValueError("texts is one string: pass a list of texts, [text], or it is read letter by letter")
         backend = tokenizers.Tokenizer(models.BPE())
