@@ -20,10 +20,13 @@ from tinylm.model import (
     Layout,
     TinyLM,
     _one_line,
+    check_memory,
+    config_from_hf,
     config_to_hf,
     draft_folder,
     load_transformers,
     old_entries,
+    read_config,
     their_tensors,
     write_errors,
 )
@@ -32,6 +35,8 @@ from .tokenizer import Tokenizer
 # %% ../nbs/15_hub.ipynb #05b93c62
 def load_model(name: str | Path) -> TinyLM:
     """The model of a folder, a GGUF file or a name of the hub: in evaluation mode, float32."""
+    hf, _ = read_config(name)
+    check_memory(config_from_hf(hf, ALL_FAMILIES))  # before the weights are read
     return TinyLM.from_pretrained(name)
 
 

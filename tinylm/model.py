@@ -7,8 +7,8 @@ __all__ = ['FEED_FORWARDS', 'IGNORE_INDEX', 'FAMILIES', 'COMPUTED', 'ALL_FAMILIE
            'ModelConfig', 'Block', 'find_tokens', 'count_tokens', 'Decoder', 'shift_labels', 'token_losses',
            'linear_cross_entropy', 'write_errors', 'draft_folder', 'TinyLM', 'Family', 'write_window', 'config_from_hf',
            'old_entries', 'obstacles', 'config_to_hf', 'transposed', 'Layout', 'their_tensors', 'fill',
-           'load_transformers', 'count_parameters', 'flops_by_part', 'flops_per_token', 'cache_bytes', 'machine_memory',
-           'check_memory']
+           'load_transformers', 'read_config', 'count_parameters', 'flops_by_part', 'flops_per_token', 'cache_bytes',
+           'machine_memory', 'check_memory']
 
 # %% ../nbs/05_model.ipynb #acea4932
 import copy
@@ -454,11 +454,10 @@ class TinyLM(nn.Module):
         """
         from safetensors.torch import load_file
 
-        hf, where = _read_config(name)
+        hf, where = read_config(name)
         folder = Path(where["pretrained_model_name_or_path"])
         with _one_line(folder / "config.json", "change it, or give another model"):
             config = config_from_hf(hf, ALL_FAMILIES)
-            check_memory(config)
             model = cls(config, block)
 
         # A file with the names of this library, or with the parts of an own block, is read as it is.
@@ -771,7 +770,7 @@ def _where(name: str | Path) -> dict[str, str]:
     return {"pretrained_model_name_or_path": str(name)}
 
 
-def _read_config(name: str | Path) -> tuple[dict, dict[str, str]]:
+def read_config(name: str | Path) -> tuple[dict, dict[str, str]]:
     """The config.json of a model, and where `transformers` finds the model."""
     where = _where(name)
     folder = Path(where["pretrained_model_name_or_path"])
