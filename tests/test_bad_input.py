@@ -176,7 +176,7 @@ COMMANDS = {
     f"sft {SHORT} --data.path good.jsonl --run mute": "'mute' has a tokenizer without a chat template; use --chatml",
     f"dpo {SHORT} --data.path good.jsonl --run mute": "'mute' has a tokenizer without a chat template; use --chatml",
     f"sft {SHORT} --data.path good.jsonl --run none": "'none' does not exist; `tinylm pretrain --out none` makes it",
-    f"dpo {SHORT} --data.path good.jsonl --run none": "'none' does not exist; `tinylm pretrain --out none` makes it",
+    f"dpo {SHORT} --data.path good.jsonl --run none": "'none' does not exist; `tinylm sft --out none` makes it",
     "chat --run none": "'none' does not exist; `tinylm pretrain --out none` makes it",
     "evaluate run none": "'none' does not exist; `tinylm pretrain --out none` makes it",
     f"{DPO} good.jsonl --beta 0": "beta=0.0: give a number above 0",
