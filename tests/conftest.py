@@ -1,5 +1,8 @@
-"""Settings of all tests: no progress bars or notes; a command prints its result, or one line of error."""
+"""Settings of all tests: no notes of progress, so that a command prints its result, or one line of error."""
 
-import os
+import pytest
 
-os.environ.setdefault("TQDM_DISABLE", "1")
+
+@pytest.fixture(autouse=True)
+def no_progress_notes(monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")

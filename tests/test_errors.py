@@ -81,16 +81,16 @@ def call(place, capsys, monkeypatch):
 
 
 FILES = {  # a run with a broken file: what the line says
-    "json-torn": "json-torn cannot be used",
-    "json-list": "config.json holds no fields",
-    "json-number": "json-number cannot be used",
-    "json-deep": "json-deep cannot be used",
+    "json-torn": "json-torn/config.json cannot be used",
+    "json-list": "it holds a list, not names with values",
+    "json-number": "json-number/config.json cannot be used",
+    "json-deep": "json-deep/config.json cannot be used",
     "json-text": "hidden_size",
     "json-huge": "make one of these smaller: vocab_size=300, hidden_size=400000000",
     "json-long": "max_position_embeddings=100000000000",
-    "weights-empty": "weights-empty cannot be used",
-    "weights-torn": "weights-torn cannot be used",
-    "weights-header": "weights-header cannot be used",
+    "weights-empty": "weights-empty/model.safetensors cannot be used",
+    "weights-torn": "weights-torn/model.safetensors cannot be used",
+    "weights-header": "weights-header/model.safetensors cannot be used",
 }
 
 

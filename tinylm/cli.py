@@ -312,6 +312,10 @@ class _Parser(argparse.ArgumentParser):
         """Raise a mistake instead of leaving the program."""
         raise ValueError(message)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print the help, and let it be seen when nobody reads it; `argparse` would be silent about that."""
+        (file or sys.stdout).write(message)
+
 
 class _Switch(argparse.Action):
     """What a flag without a value does: --resume is True, --no-resume is False."""
@@ -641,11 +645,11 @@ def run_evaluate(argv: list[str]) -> None:
         if not other_text:  # else it does not matter that the text of the training is not there
             raise
     flags = parse_flags(Flags(trained_on.data), rest, run_evaluate)
+    out = Path(flags.out or runs[-1] / "report")
+    check_writable(out)
     if runs and not other_text and trained_from(runs[0]) is None:
         remedy = "measured on the built-in stories; --data.path gives other text"
         print(f"tinylm: {runs[0]} has no config.yaml that says what it was trained on: {remedy}", file=sys.stderr)
-    out = Path(flags.out or runs[-1] / "report")
-    check_writable(out)
     reports = {}
     for run in runs:  # each cuts the text up with its own tokenizer
         model, tokenizer = open_model(run, flags.device)
@@ -1060,7 +1064,7 @@ def check_words(command: str, argv: list[str]) -> list[str]:
     chosen = [values.get("run", usual.get("run"))]
     for run in runs or chosen:
         if run and not values.get("resume"):
-            find_run(run)
+            find_run(run, "sft" if command == "dpo" else "pretrain")
     return [*runs, *_spell_values(values, flags)]
 
 # %% ../nbs/16_cli.ipynb #18258595
@@ -1152,9 +1156,10 @@ def run_command(words: list[str]) -> int:
             raise ValueError(f"command {name!r} is unknown: {nearest(name, COMMANDS)}")
         else:
             check_encoding(rest)
-            checked = check_words(name, rest)
-            note(f"tinylm {name}: loading PyTorch")
-            COMMANDS[name](checked)
+            with suppress(SystemExit):  # this ends a command that has printed its help
+                checked = check_words(name, rest)
+                note(f"tinylm {name}: loading PyTorch")
+                COMMANDS[name](checked)
         sys.stdout.flush()  # here, where it can be said that nobody reads it
         return 0
     except BrokenPipeError:
