@@ -594,7 +594,7 @@ def stop_requests() -> Iterator[list[int]]:
         times.append(time.monotonic())
         if times[-1] - times[0] > 1:  # torchrun and a terminal may send the same one twice
             raise Interrupted("stopped at once", number)
-        if not int(os.environ.get("RANK", 0)):
+        if not (int(os.environ.get("RANK", 0)) or os.environ.get("TQDM_DISABLE")):
             os.write(2, b"\nstopping: this step, then a checkpoint (once more: stop at once)\n")
 
     # Signals reach the main thread only; whoever ignores them, as nohup does, goes on ignoring them.
