@@ -41,7 +41,9 @@ def our_tokens(model: TinyLM, prompts: torch.Tensor, new_tokens: int) -> list[li
     return generate(model, prompts, SamplingConfig(new_tokens, temperature=0))
 
 
-def their_tokens(model: LlamaForCausalLM, prompts: torch.Tensor, new_tokens: int) -> list[list[int]]:
+def their_tokens(
+    model: LlamaForCausalLM, prompts: torch.Tensor, new_tokens: int
+) -> list[list[int]]:
     how = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, use_cache=True)
     out = model.generate(prompts, how, attention_mask=torch.ones_like(prompts))
     return out[:, prompts.shape[1] :].tolist()
@@ -59,10 +61,14 @@ def read_speed(device: str, seconds: float = 1.0) -> float:
 
 def measure(config: ModelConfig, batch_size: int, options: Options) -> dict[str, float]:
     """Speed of all, prompt included, once they are seen to give the same tokens."""
-    wide = replace(config, initializer_range=0.1)  # random models with clear favourites among the tokens
+    wide = replace(
+        config, initializer_range=0.1
+    )  # random models with clear favourites among the tokens
     ours, theirs = (model.eval() for model in make_pair(wide, options.device))
     laid_out = copy.deepcopy(ours)
-    prompts = torch.randint(config.vocab_size, (batch_size, options.prompt_tokens), device=options.device)
+    prompts = torch.randint(
+        config.vocab_size, (batch_size, options.prompt_tokens), device=options.device
+    )
     contestants = {
         "tinylm": lambda: our_tokens(ours, prompts, options.new_tokens),
         "packed": lambda: our_tokens(laid_out, prompts, options.new_tokens),
@@ -76,7 +82,11 @@ def measure(config: ModelConfig, batch_size: int, options: Options) -> dict[str,
     n = batch_size * options.new_tokens
     fast = compare({"tinylm": seconds["packed"], "transformers": seconds["transformers"]}, n)
     limit = batch_size * read_speed(options.device) / sum(p.nbytes for p in ours.parameters())
-    return compare(seconds, n) | {"packed": fast["tinylm"], "packed_ratio": fast["ratio"], "limit": limit}
+    return compare(seconds, n) | {
+        "packed": fast["tinylm"],
+        "packed_ratio": fast["ratio"],
+        "limit": limit,
+    }
 
 
 def main(options: Options) -> None:
@@ -95,7 +105,11 @@ def main(options: Options) -> None:
             }
             rows.append({"shape": shape, "texts": str(batch_size), **speed, **turns})
             figures.append({"shape": shape, "batch_size": batch_size, **result})
-    settings = {"prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens, "repeats": options.repeats}
+    settings = {
+        "prompt_tokens": options.prompt_tokens,
+        "new_tokens": options.new_tokens,
+        "repeats": options.repeats,
+    }
     report(rows, {**settings, "figures": figures}, options.device, options.out)
 
 

@@ -29,7 +29,9 @@ class Options:
     """What is measured."""
 
     shapes: tuple[Shape, ...] = ("256x6", "512x8")  # "tiny" is for the tests
-    modes: tuple[Mode, ...] = get_args(Mode)  # precisions of TrainConfig; "+compile" needs a C++ compiler
+    modes: tuple[Mode, ...] = get_args(
+        Mode
+    )  # precisions of TrainConfig; "+compile" needs a C++ compiler
     repeats: int = 5  # steps of which the median is taken
     warmup: int = 3  # steps before them, in which memory is taken and code is compiled
     device: str = "cpu"  # or "cuda"
@@ -42,7 +44,12 @@ def train_config(mode: str, rows: int, device: str) -> TrainConfig:
     rate = dict(learning_rate=1e-4, warmup_steps=0, max_steps=10**6, weight_decay=0.0)
     precision, _, compiled = mode.partition("+")
     return TrainConfig(
-        batch_size=rows, optimizer="adamw", precision=precision, compile=bool(compiled), device=device, **rate
+        batch_size=rows,
+        optimizer="adamw",
+        precision=precision,
+        compile=bool(compiled),
+        device=device,
+        **rate,
     )
 
 
@@ -58,10 +65,15 @@ def our_step(model: TinyLM, config: TrainConfig, ids: torch.Tensor) -> Callable[
     return step
 
 
-def their_step(model: LlamaForCausalLM, config: TrainConfig, ids: torch.Tensor) -> Callable[[], float]:
+def their_step(
+    model: LlamaForCausalLM, config: TrainConfig, ids: torch.Tensor
+) -> Callable[[], float]:
     rates = dict(lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **rates)
-    module, dtype = torch.compile(model) if config.compile else model, PRECISIONS[config.precision][1]
+    module, dtype = (
+        torch.compile(model) if config.compile else model,
+        PRECISIONS[config.precision][1],
+    )
 
     def step() -> float:
         with torch.autocast(ids.device.type, dtype, enabled=dtype is not None):
@@ -79,13 +91,20 @@ def check_same_loss(steps: dict[str, Callable[[], float]], precision: str) -> No
     ours, theirs = (step() for step in steps.values())
     tolerance = 0.0001 if precision == "fp32" else 0.01
     if abs(ours - theirs) > tolerance * abs(theirs):
-        raise SystemExit(f"{precision}: the losses are {ours:.4f} and {theirs:.4f}, so this compares different things")
+        raise SystemExit(
+            f"{precision}: the losses are {ours:.4f} and {theirs:.4f}, so this compares different things"
+        )
 
 
-def measure(config: ModelConfig, rows: int, length: int, mode: str, options: Options) -> dict[str, float]:
+def measure(
+    config: ModelConfig, rows: int, length: int, mode: str, options: Options
+) -> dict[str, float]:
     """Speed of both in one mode, and the largest rate of a matrix product in that precision, before and after."""
     torch.compiler.reset()
-    train, ours, theirs = train_config(mode, rows, options.device), *make_pair(config, options.device)
+    train, ours, theirs = (
+        train_config(mode, rows, options.device),
+        *make_pair(config, options.device),
+    )
     ids = torch.randint(config.vocab_size, (rows, length), device=options.device)
     steps = {"tinylm": our_step(ours, train, ids), "transformers": their_step(theirs, train, ids)}
     peak = measure_matmul_peak(options.device, train.precision)
@@ -100,7 +119,10 @@ def measure(config: ModelConfig, rows: int, length: int, mode: str, options: Opt
 
 def best(modes: dict[str, dict[str, float]]) -> dict[str, float | str]:
     """Each library in its fastest mode."""
-    names = {library: max(modes, key=lambda mode: modes[mode][library]) for library in ("tinylm", "transformers")}
+    names = {
+        library: max(modes, key=lambda mode: modes[mode][library])
+        for library in ("tinylm", "transformers")
+    }
     speed = {library: modes[mode][library] for library, mode in names.items()}
     modes_used = {f"{library}_mode": mode for library, mode in names.items()}
     return speed | {"ratio": speed["tinylm"] / speed["transformers"]} | modes_used
@@ -118,7 +140,11 @@ def as_row(shape: str, mode: str, figures: dict) -> dict[str, str]:
 
 def best_row(shape: str, top: dict, columns: dict[str, str]) -> dict[str, str]:
     """The last row of a shape; here the second column of each library says which mode was its fastest."""
-    row = dict.fromkeys(columns, "") | {"shape": shape, "mode": "best of each", "ratio": f"{top['ratio']:.2f}"}
+    row = dict.fromkeys(columns, "") | {
+        "shape": shape,
+        "mode": "best of each",
+        "ratio": f"{top['ratio']:.2f}",
+    }
     for name in ("tinylm", "transformers"):
         row |= {f"{name} tokens/s": f"{top[name]:,.0f}", f"{name} GFLOP/s": top[f"{name}_mode"]}
     return row

@@ -22,10 +22,18 @@ from tinylm.lora import LoraConfig, add_lora, load_lora, save_lora
 from tinylm.model import ModelConfig, TinyLM
 from tinylm.tokenizer import Tokenizer
 
-TINY = replace(ModelConfig(), vocab_size=300, hidden_size=32, num_hidden_layers=1, max_position_embeddings=64)
+TINY = replace(
+    ModelConfig(), vocab_size=300, hidden_size=32, num_hidden_layers=1, max_position_embeddings=64
+)
 LATENT = dict(qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16)
-ASKS, SAYS = {"role": "user", "content": "Where is the cat?"}, {"role": "assistant", "content": "On the mat."}
-CHAT, PAIR = {"messages": [ASKS, SAYS]}, {"prompt": "Where?", "chosen": "On the mat.", "rejected": "Here."}
+ASKS, SAYS = (
+    {"role": "user", "content": "Where is the cat?"},
+    {"role": "assistant", "content": "On the mat."},
+)
+CHAT, PAIR = (
+    {"messages": [ASKS, SAYS]},
+    {"prompt": "Where?", "chosen": "On the mat.", "rejected": "Here."},
+)
 BAD_RECORDS: dict[str, dict] = {  # the second of three
     "role": {"messages": [{"role": "asistant", "content": "Hi"}, SAYS]},
     "no-content": {"messages": [{"role": "user"}, SAYS]},
@@ -37,7 +45,10 @@ BAD_RECORDS: dict[str, dict] = {  # the second of three
     "pair-empty": {"messages": [], "chosen": "a", "rejected": "b"},
     "pair-no-prompt": {"prompt": [], "chosen": "a", "rejected": "b"},
     "pair-user-last": {"chosen": [ASKS, SAYS, ASKS], "rejected": [ASKS, SAYS, ASKS]},
-    "pair-prompts": {"chosen": [ASKS, SAYS], "rejected": [{"role": "user", "content": "Who?"}, SAYS]},
+    "pair-prompts": {
+        "chosen": [ASKS, SAYS],
+        "rejected": [{"role": "user", "content": "Who?"}, SAYS],
+    },
 }
 
 
@@ -66,13 +77,19 @@ def write_checkpoints(folder: Path) -> None:
     model, tokenizer = saved(folder / "run"), Tokenizer.train(["the cat sat on the mat. "] * 9, 300)
     tokenizer.save_pretrained(folder / "run")
     weights, norm = load_file(folder / "run" / "model.safetensors"), "model.norm.weight"
-    damaged(folder, "incomplete", weights={name: weight for name, weight in weights.items() if name != norm})
+    damaged(
+        folder,
+        "incomplete",
+        weights={name: weight for name, weight in weights.items() if name != norm},
+    )
     damaged(folder, "too-much", weights=weights | {"model.more.weight": torch.ones(2)})
     damaged(folder, "misshapen", weights=weights | {norm: torch.ones(5)})
     damaged(folder, "foreign", {"model_type": "bert"})
     damaged(folder, "spiral", {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}})
     damaged(folder, "torn")
-    (folder / "torn" / "model.safetensors").write_bytes((folder / "run" / "model.safetensors").read_bytes()[:999])
+    (folder / "torn" / "model.safetensors").write_bytes(
+        (folder / "run" / "model.safetensors").read_bytes()[:999]
+    )
     damaged(folder, "pickled")
     (folder / "pickled" / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pickled" / "pytorch_model.bin")
@@ -118,20 +135,47 @@ CALLS = {  # what is called: what its message says
     "lora 99": (lambda: add_lora(build(), LoraConfig(r=99)), "r is 99: .*, use .*32"),
     "mla 0": (lambda: build(**LATENT, kv_lora_rank=0), "kv_lora_rank is 0: use"),
     "mla 99": (lambda: build(**LATENT, kv_lora_rank=99), "kv_lora_rank is 99: use 1 to 32"),
-    "mla queries -1": (lambda: build(**LATENT, kv_lora_rank=8, q_lora_rank=-1), "q_lora_rank is -1: use"),
-    "mla queries 99": (lambda: build(**LATENT, kv_lora_rank=8, q_lora_rank=99), "q_lora_rank is 99: use 1 to 32"),
-    "experts": (lambda: build(num_experts=4, num_experts_per_tok=5), "num_experts_per_tok is 5: .* 4"),
-    "groups": (lambda: build(num_experts=8, n_group=3), "n_group is 3: make it divide num_experts=8"),
-    "kept groups": (lambda: build(num_experts=8, n_group=2, topk_group=3), "topk_group is 3: use .*2"),
+    "mla queries -1": (
+        lambda: build(**LATENT, kv_lora_rank=8, q_lora_rank=-1),
+        "q_lora_rank is -1: use",
+    ),
+    "mla queries 99": (
+        lambda: build(**LATENT, kv_lora_rank=8, q_lora_rank=99),
+        "q_lora_rank is 99: use 1 to 32",
+    ),
+    "experts": (
+        lambda: build(num_experts=4, num_experts_per_tok=5),
+        "num_experts_per_tok is 5: .* 4",
+    ),
+    "groups": (
+        lambda: build(num_experts=8, n_group=3),
+        "n_group is 3: make it divide num_experts=8",
+    ),
+    "kept groups": (
+        lambda: build(num_experts=8, n_group=2, topk_group=3),
+        "topk_group is 3: use .*2",
+    ),
     "kv heads": (lambda: build(num_key_value_heads=3), "num_key_value_heads is 3: make it divide"),
     "window": (lambda: build(sliding_window=0), "sliding_window is 0: use a number above 0"),
-    "rope": (lambda: build(rope_scaling={"rope_type": "spiral"}), "'spiral': use one of default, linear"),
+    "rope": (
+        lambda: build(rope_scaling={"rope_type": "spiral"}),
+        "'spiral': use one of default, linear",
+    ),
     "too long": (lambda: generate(build(), [[1] * 60], SamplingConfig(10)), LONG),
     "too long, beams": (lambda: beam_search(build(), [1] * 60, 2, 10), LONG),
     "no prompt": (lambda: generate(build(), [], SamplingConfig(3)), "prompts is empty: give"),
-    "empty prompt": (lambda: generate(build(), [[1], []], SamplingConfig(3)), r"prompts\[1\]=\[\]: give"),
-    "unknown token": (lambda: generate(build(), [[1, 999]], SamplingConfig(3)), "999, but vocab_size=300: use"),
-    "token below 0": (lambda: generate(build(), [[1, -1]], SamplingConfig(3)), r"prompts\[0\]=\[1, -1\]: give"),
+    "empty prompt": (
+        lambda: generate(build(), [[1], []], SamplingConfig(3)),
+        r"prompts\[1\]=\[\]: give",
+    ),
+    "unknown token": (
+        lambda: generate(build(), [[1, 999]], SamplingConfig(3)),
+        "999, but vocab_size=300: use",
+    ),
+    "token below 0": (
+        lambda: generate(build(), [[1, -1]], SamplingConfig(3)),
+        r"prompts\[0\]=\[1, -1\]: give",
+    ),
     "draft": (draft, "vocab_size=100 for a model with 300, .* use a draft of the same tokenizer"),
     "beams": (stream_beams, "they must come one by one, and beam search knows none until its end"),
     "missing": (lambda: load("incomplete"), "incomplete .*model.norm.weight.* missing"),
@@ -141,14 +185,19 @@ CALLS = {  # what is called: what its message says
     "rope of a file": (lambda: load("spiral"), "'spiral': use one of default, linear"),
     "pickles": (lambda: load("pickled"), "pickled.*pickles.* can run code"),
     "torn": (lambda: load("torn"), "torn.* cannot be used .*: (copy|give)"),
-    "adapter, other shape": (lambda: load_lora(build(), "wide-adapter"), "not for this model: missing"),
+    "adapter, other shape": (
+        lambda: load_lora(build(), "wide-adapter"),
+        "not for this model: missing",
+    ),
     "adapter, other base": (
         lambda: load_lora(build(), "adapter", base_model="dogs"),
         "'dogs' but adapter is for 'cats'",
     ),
     "beta": (lambda: DPOConfig(beta=-1.0), "beta=-1.0: give a number above 0"),
 }
-SHORT = "--out new --train.max-steps 1 --train.batch-size 2 --data.seq-len 32 --train.sample-tokens 3"
+SHORT = (
+    "--out new --train.max-steps 1 --train.batch-size 2 --data.seq-len 32 --train.sample-tokens 3"
+)
 SFT, DPO = f"sft {SHORT} --run run --data.path", f"dpo {SHORT} --run run --data.path"
 COMMANDS = {
     f"{SFT} good.jsonl --lora.r -1": "r is -1: use",

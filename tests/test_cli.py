@@ -16,8 +16,12 @@ from tinylm.cli import COMMANDS, main, recipe_names
 ROOT = Path(__file__).resolve().parent.parent
 TINY_MODEL = "--model.hidden-size 32 --model.num-hidden-layers 1 --model.num-attention-heads 2"
 TINY_MODEL += " --model.num-key-value-heads None --model.max-position-embeddings 512"
-TINY_TRAIN = "--train.max-steps 3 --train.batch-size 8 --train.warmup-steps 1 --train.sample-tokens 5"
-TINY_DATA = "--data.stories 200 --data.validation-stories 20 --data.vocab-size 512 --data.seq-len 256"
+TINY_TRAIN = (
+    "--train.max-steps 3 --train.batch-size 8 --train.warmup-steps 1 --train.sample-tokens 5"
+)
+TINY_DATA = (
+    "--data.stories 200 --data.validation-stories 20 --data.vocab-size 512 --data.seq-len 256"
+)
 TINY = f"{TINY_MODEL} {TINY_TRAIN} {TINY_DATA}".split()
 HUB = {"tinystories": None, "25m": "sample-10BT", "104m": "sample-10BT", "openwebtext": None}
 HUB |= {"wikitext": "wikitext-2-raw-v1"}  # recipe: name of its configuration
@@ -25,7 +29,9 @@ HUB |= {"wikitext": "wikitext-2-raw-v1"}  # recipe: name of its configuration
 
 def process(words: list[str], cwd: Path) -> subprocess.CompletedProcess:
     """Run a command in a process of its own."""
-    return subprocess.run(words, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        words, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+    )
 
 
 def tinylm(words: list[str], cwd: Path) -> subprocess.CompletedProcess:
@@ -36,15 +42,25 @@ def tinylm(words: list[str], cwd: Path) -> subprocess.CompletedProcess:
 def place(tmp_path_factory):
     """A folder to work in, with a small run, some text, and a stand-in for a dataset of the hub."""
     folder = tmp_path_factory.mktemp("cli")
-    settings = {"TINYLM_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "COLUMNS": "100"}
-    settings |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    settings = {
+        "TINYLM_CACHE": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        "COLUMNS": "100",
+    }
+    settings |= {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
     before, here = dict(os.environ), os.getcwd()
     os.environ.update(settings)
     os.chdir(folder)
     import datasets  # now that it is told to stay offline
 
     (folder / "mine.txt").write_text("the cat sat on the mat\n" * 300)
-    rows = datasets.Dataset.from_dict({"text": [f"the cat sat on mat number {i}" * (1 + i % 9) for i in range(300)]})
+    rows = datasets.Dataset.from_dict(
+        {"text": [f"the cat sat on mat number {i}" * (1 + i % 9) for i in range(300)]}
+    )
     for name in {"", *filter(None, HUB.values())}:
         for split in ("train", "validation"):
             path = folder / f"hub-{name}" / name / f"{split}-00000-of-00001.parquet"
@@ -89,7 +105,11 @@ QUICK = "--recipe runs/default/config.yaml --share 0.002 --overwrite".split()
 def readme_commands() -> list[str]:
     """Every line of a code block of the README that calls the command, as it stands there."""
     blocks = re.findall(r"```\w*\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
-    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [
+        line.strip().removeprefix("$ ")
+        for block in blocks
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
     parts = [re.split(r"\s+#\s", part)[0].strip() for line in lines for part in line.split("&&")]
     return [part for part in parts if re.match(r"(tinylm|torchrun .*-m tinylm)\b", part)]
 
@@ -98,7 +118,11 @@ def in_small(command: str, place: Path) -> list[str]:
     """A command of the README, with flags that make its training short, and stand-ins for files and datasets."""
     words = shlex.split(command)
     words = [sys.executable, "-m", "tinylm", *words[1:]] if words[0] == "tinylm" else words
-    words = [sys.executable, "-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words
+    words = (
+        [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+        if words[0] == "torchrun"
+        else words
+    )
     recipe = words[words.index("--recipe") + 1] if "--recipe" in words else ""
     if "--data.path" in words:
         at = words.index("--data.path") + 1
@@ -135,10 +159,17 @@ def test_the_run_is_complete(place):
 
 def test_closing_table(place):
     done = tinylm(["pretrain", *TINY, "--overwrite"], place)
-    for name in "loss|floor|distance to the floor|perplexity|answers, all|parameters|tokens|time|speed".split("|"):
+    for name in "loss|floor|distance to the floor|perplexity|answers, all|parameters|tokens|time|speed".split(
+        "|"
+    ):
         assert re.search(rf"^{name} +\S", done.stdout, re.M), name
     assert (place / re.search(r"^curve: (\S+)$", done.stdout, re.M)[1]).exists()
-    assert tinylm(shlex.split(re.search(r"^next:  tinylm (.*)$", done.stdout, re.M)[1]), place).returncode == 0
+    assert (
+        tinylm(
+            shlex.split(re.search(r"^next:  tinylm (.*)$", done.stdout, re.M)[1]), place
+        ).returncode
+        == 0
+    )
 
 
 def test_generate_is_repeatable(place, capsys):
@@ -151,8 +182,13 @@ def test_generate_is_repeatable(place, capsys):
 
 def test_evaluate_finds_the_loss_of_training(place, capsys):
     assert call("evaluate") == 0
-    report = json.loads((place / "runs" / "default" / "report" / "report.json").read_text())["runs/default"]
-    rows = [json.loads(line) for line in (place / "runs" / "default" / "metrics.jsonl").read_text().splitlines()]
+    report = json.loads((place / "runs" / "default" / "report" / "report.json").read_text())[
+        "runs/default"
+    ]
+    rows = [
+        json.loads(line)
+        for line in (place / "runs" / "default" / "metrics.jsonl").read_text().splitlines()
+    ]
     loss = [row["validation_loss"] for row in rows if "validation_loss" in row][-1]
     assert abs(report["loss"] - loss) < 2e-3 and not report["leak"]
     capsys.readouterr()
@@ -182,7 +218,9 @@ def test_recipe_on_a_stand_in(place, recipe, capsys):
 
 def test_config_of_a_run_is_a_recipe(place):
     assert call("pretrain --recipe runs/default/config.yaml --out runs/again") == 0
-    weights = [(place / "runs" / name / "model.safetensors").read_bytes() for name in ("default", "again")]
+    weights = [
+        (place / "runs" / name / "model.safetensors").read_bytes() for name in ("default", "again")
+    ]
     assert weights[0] == weights[1]
 
 
@@ -190,7 +228,12 @@ def test_every_recipe_has_a_stand_in():
     assert set(recipe_names()) == {"default", "shakespeare-char", *HUB}
 
 
-BAD_YAML = {"broken.yaml": "model: [", "list.yaml": "- 1", "key.yaml": "train: {max_step: 3}", "type.yaml": "out: 3"}
+BAD_YAML = {
+    "broken.yaml": "model: [",
+    "list.yaml": "- 1",
+    "key.yaml": "train: {max_step: 3}",
+    "type.yaml": "out: 3",
+}
 MISTAKES = {
     "pretrian": "did you mean 'pretrain'",
     "pretrain --train.max-stepz 3": "did you mean --train.max-steps",
@@ -255,7 +298,11 @@ def traps(place):
 
 
 def files(place: Path) -> set[tuple[Path, int]]:
-    return {(p, p.stat().st_mtime_ns) for p in place.rglob("*") if p.is_file() and "cache" not in p.parts}
+    return {
+        (p, p.stat().st_mtime_ns)
+        for p in place.rglob("*")
+        if p.is_file() and "cache" not in p.parts
+    }
 
 
 @pytest.mark.parametrize("command", MISTAKES)
@@ -267,7 +314,9 @@ def test_mistake_gets_one_line_and_leaves_nothing(traps, command, capsys):
     words[1:1] = [word for pair in pairs if pair[0] not in words for word in pair]
     code = call(shlex.join(words))
     error = capsys.readouterr().err
-    lines = [line for line in re.split("[\r\n]+", error) if line.strip() and "documents/s" not in line]
+    lines = [
+        line for line in re.split("[\r\n]+", error) if line.strip() and "documents/s" not in line
+    ]
     assert code == 2 and len(lines) == 1 and lines[0].startswith("tinylm: error: "), error
     assert MISTAKES[command] in error, error
     assert files(traps) == before and not (traps / "new").exists()
@@ -285,7 +334,14 @@ def test_mistake_in_a_real_process(place):
 
 
 def test_only_the_first_process_prints(place):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     done = process([*torchrun, "-m", "tinylm", "pretrain", "--out", "runs/one-voice", *TINY], place)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("perplexity") == 1 and done.stdout.count("next:") == 1

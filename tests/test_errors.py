@@ -17,7 +17,9 @@ from tinylm.model import ModelConfig, TinyLM
 from tinylm.pretrain import PretrainConfig, TrainConfig, save_config
 from tinylm.tokenizer import Tokenizer
 
-TINY = replace(ModelConfig(), vocab_size=300, hidden_size=32, num_hidden_layers=1, max_position_embeddings=128)
+TINY = replace(
+    ModelConfig(), vocab_size=300, hidden_size=32, num_hidden_layers=1, max_position_embeddings=128
+)
 WORDS = "the owl sat on the roof. where is the owl? on the roof. "
 
 
@@ -55,7 +57,10 @@ def place(tmp_path_factory):
     for name, (file, content) in broken.items():
         shutil.copytree(folder / "run", folder / name)
         (folder / name / file).write_bytes(content)
-    for name, entries in {"text": {"hidden_size": "wide"}, "huge": {"hidden_size": 400_000_000}}.items():
+    for name, entries in {
+        "text": {"hidden_size": "wide"},
+        "huge": {"hidden_size": 400_000_000},
+    }.items():
         checkpoint(folder / f"json-{name}", **entries)
     checkpoint(folder / "json-long", max_position_embeddings=10**11)
     pair = {"prompt": "where is the owl?", "chosen": "on the roof.", "rejected": "on the mat."}
@@ -150,7 +155,9 @@ class PanicException(BaseException):
     """What a library written in Rust raises when it has failed."""
 
 
-@pytest.mark.parametrize("error", [KeyError("beta"), RuntimeError("a\nb"), PanicException("overflow"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [KeyError("beta"), RuntimeError("a\nb"), PanicException("overflow"), MemoryError()]
+)
 def test_what_nobody_has_foreseen_is_one_line_with_a_hint(call, monkeypatch, error):
     def fail(argv):
         raise error

@@ -12,7 +12,12 @@ NOTEBOOKS = [path for path in sorted((ROOT / "nbs").glob("*.ipynb")) if path.nam
 
 # The path goes in as an argument of the function: run with `python -c`, nbdev ignores the command line.
 RUN = "import sys; from nbdev.test import nbdev_test; nbdev_test(path=sys.argv[1], n_workers=1)"
-QUIET = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "true"}
+QUIET = {
+    "OMP_NUM_THREADS": "1",
+    "MPLBACKEND": "agg",
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 

@@ -33,7 +33,11 @@ def functions(tree: ast.Module) -> list:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             found.append((node.name, node))
         elif isinstance(node, ast.ClassDef):
-            methods = [child for child in node.body if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))]
+            methods = [
+                child
+                for child in node.body
+                if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
+            ]
             found += [(f"{node.name}.{child.name}", child) for child in methods]
     return found
 
@@ -57,7 +61,9 @@ def imports(tree: ast.AST) -> list[str]:
 def tool(name: str, *args: str) -> None:
     """Run a script of tools/ and fail with what it printed."""
     command = [sys.executable, str(TOOLS / name), *args]
-    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+    )
     if done.returncode:
         pytest.fail(done.stdout + done.stderr, pytrace=False)
 
@@ -65,8 +71,14 @@ def tool(name: str, *args: str) -> None:
 @module_param
 def test_public_functions_have_a_docstring(module):
     tree = ast.parse(module.read_text("utf-8"))
-    named = functions(tree) + [(node.name, node) for node in tree.body if isinstance(node, ast.ClassDef)]
-    public = [(name, node) for name, node in named if not re.search(r"(^|\.)_", name) and "forward" not in name]
+    named = functions(tree) + [
+        (node.name, node) for node in tree.body if isinstance(node, ast.ClassDef)
+    ]
+    public = [
+        (name, node)
+        for name, node in named
+        if not re.search(r"(^|\.)_", name) and "forward" not in name
+    ]
     bare = [name for name, node in public if ast.get_docstring(node) is None]
     assert not bare, f"{module.name}: no docstring: {bare}"
 
@@ -74,19 +86,31 @@ def test_public_functions_have_a_docstring(module):
 @module_param
 def test_module_imports_only_earlier_ones(module):
     own = NUMBER.get(module.stem, 100)  # __init__ and __main__ stand above all notebooks
-    used = {name.split(".")[1] for name in imports(ast.parse(module.read_text("utf-8"))) if name.startswith("tinylm.")}
+    used = {
+        name.split(".")[1]
+        for name in imports(ast.parse(module.read_text("utf-8")))
+        if name.startswith("tinylm.")
+    }
     later = sorted(name for name in used if NUMBER.get(name, -1) >= own)
     assert not later, f"{module.name} imports {later}, which do not come before it"
 
 
 @module_param
 def test_module_imports_only_what_is_installed_with_it(module):
-    listed = [words for key, words in settings().items() if key in ("requirements", "trackers_requirements")]
+    listed = [
+        words
+        for key, words in settings().items()
+        if key in ("requirements", "trackers_requirements")
+    ]
     declared = {re.split(r"[<>=!;]", word)[0].lower() for words in listed for word in words.split()}
-    declared = {"yaml" if name == "pyyaml" else name.replace("-", "_") for name in declared} | {"tinylm"}
+    declared = {"yaml" if name == "pyyaml" else name.replace("-", "_") for name in declared} | {
+        "tinylm"
+    }
     used = {name.split(".")[0] for name in imports(ast.parse(module.read_text("utf-8")))}
     missing = sorted(used - set(sys.stdlib_module_names) - declared)
-    assert not missing, f"{module.name} imports {missing}; add them to `requirements` in settings.ini"
+    assert not missing, (
+        f"{module.name} imports {missing}; add them to `requirements` in settings.ini"
+    )
 
 
 def test_version_is_said_once():
@@ -96,7 +120,9 @@ def test_version_is_said_once():
 
 def test_import_is_quick():
     code = "import sys, tinylm; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, "import tinylm pulls in torch"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, (
+        "import tinylm pulls in torch"
+    )
 
 
 def test_readme_matches_index():
@@ -118,7 +144,11 @@ def saved_text(cell) -> str:
     for output in cell.get("outputs", []):
         parts += [output.get("text", ""), "\n".join(output.get("traceback", []))]
         data = output.get("data", {}).items()
-        parts += ["".join(value) for kind, value in data if kind.startswith("text/") and isinstance(value, (str, list))]
+        parts += [
+            "".join(value)
+            for kind, value in data
+            if kind.startswith("text/") and isinstance(value, (str, list))
+        ]
     return "\n".join(parts)
 
 
@@ -129,8 +159,12 @@ def test_saved_outputs_are_clean(notebook):
     for number, cell in enumerate(nbformat.read(notebook, as_version=4).cells, start=1):
         if cell.cell_type != "code":
             continue
-        assert not any(output.get("name") == "stderr" for output in cell.outputs), f"cell {number} saved stderr"
-        assert not any(output.output_type == "error" for output in cell.outputs), f"cell {number} saved an error"
+        assert not any(output.get("name") == "stderr" for output in cell.outputs), (
+            f"cell {number} saved stderr"
+        )
+        assert not any(output.output_type == "error" for output in cell.outputs), (
+            f"cell {number} saved an error"
+        )
         found = bad.search(saved_text(cell))
         assert not found, f"cell {number} saved {found[0]!r}: {saved_text(cell)[:300]}"
 
@@ -138,7 +172,9 @@ def test_saved_outputs_are_clean(notebook):
 @notebook_param
 def test_notebook_imports_only_earlier_ones(notebook):
     own = int(notebook.stem[:2]) if notebook.stem[:2].isdigit() else 100
-    code = "\n".join(c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code")
+    code = "\n".join(
+        c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code"
+    )
     used = set(re.findall(r"^\s*(?:from|import) tinylm\.(\w+)", code, re.M))
     later = sorted(name for name in used if NUMBER.get(name, -1) > own)
     assert not later, f"{notebook.name} imports {later}, which come after it"
@@ -149,13 +185,19 @@ def test_imports_stand_in_cells_of_their_own(notebook):
     for number, cell in enumerate(nbformat.read(notebook, as_version=4).cells, start=1):
         if cell.cell_type != "code" or re.match(r"\s*[%!]|#\|\s*export", cell.source):
             continue
-        kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(cell.source).body}
-        assert kinds != {True, False}, f"cell {number} of {notebook.name} mixes imports with other code"
+        kinds = {
+            isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(cell.source).body
+        }
+        assert kinds != {True, False}, (
+            f"cell {number} of {notebook.name} mixes imports with other code"
+        )
 
 
 @notebook_param
 def test_local_links_lead_somewhere(notebook):
-    prose = "\n".join(c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "markdown")
+    prose = "\n".join(
+        c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "markdown"
+    )
     targets = [target.split("#")[0] for target in re.findall(r"\]\((?!\w+:|#)([^)\s]+)", prose)]
     missing = sorted({target for target in targets if not (NBS / target).exists()})
     assert not missing, f"{notebook.name} links to {missing}"

@@ -31,7 +31,9 @@ STEPS = 60
 def start(out: Path, cache: Path, steps: int = STEPS) -> subprocess.Popen:
     env = os.environ | {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", RUN, str(out), str(cache), str(steps)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(out: Path, cache: Path, steps: int = STEPS) -> str:
@@ -71,7 +73,11 @@ def test_killed_and_resumed_is_never_stopped(whole, tmp_path):
     writing = out / "checkpoints"
 
     def torn() -> bool:
-        return any(path.name.startswith(".step") for path in writing.glob(".*")) if writing.exists() else False
+        return (
+            any(path.name.startswith(".step") for path in writing.glob(".*"))
+            if writing.exists()
+            else False
+        )
 
     for attempt in range(5):
         process = start(out, cache)

@@ -28,7 +28,12 @@ def start(command: str, processes: int = 1) -> subprocess.Popen:
     """Start the command in a session of its own, with `processes` under torchrun."""
     words = [sys.executable, "-m", "tinylm", *shlex.split(command)]
     if processes > 1:
-        words[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        words[1:1] = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+        ]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(words, text=True, start_new_session=True, **pipes)
 
@@ -64,13 +69,22 @@ def hidden(folder: Path) -> list[str]:
 def place(tmp_path_factory):
     """A folder to work in, with a text of few letters and a finished run on it."""
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "sea.txt").write_text("we went to the sea and the water was warm. then we went home.\n" * 300, "utf-8")
-    settings = {"PYTHONPATH": str(ROOT), "TINYLM_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    (folder / "sea.txt").write_text(
+        "we went to the sea and the water was warm. then we went home.\n" * 300, "utf-8"
+    )
+    settings = {
+        "PYTHONPATH": str(ROOT),
+        "TINYLM_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
     settings |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
     before, here = dict(os.environ), os.getcwd()
     os.environ.update(settings)
     os.chdir(folder)
-    assert call(f"pretrain {SEA} {SMALL} --out whole --train.max-steps 12 --train.sample-prompt we") == 0
+    assert (
+        call(f"pretrain {SEA} {SMALL} --out whole --train.max-steps 12 --train.sample-prompt we")
+        == 0
+    )
     yield folder
     os.chdir(here)
     os.environ.clear()
@@ -92,7 +106,10 @@ def test_one_process_trains_in_a_folder_and_ctrl_c_says_how_to_go_on(place, caps
     _, errors = process.communicate(timeout=120)
     step = last_step(out)
     command = "tinylm pretrain --out shared --resume"
-    assert errors.splitlines()[-1] == f"tinylm: stopped after step {step} of 20000; to go on: {command}"
+    assert (
+        errors.splitlines()[-1]
+        == f"tinylm: stopped after step {step} of 20000; to go on: {command}"
+    )
     assert process.returncode == 130 and step >= 3
     assert not (out / "model.safetensors").exists() and not hidden(out)
 
@@ -103,7 +120,11 @@ def test_one_process_trains_in_a_folder_and_ctrl_c_says_how_to_go_on(place, caps
         (out / litter).mkdir(parents=True)
     assert call(f"{command.removeprefix('tinylm ')} --train.max-steps {step + 2}") == 0
     settings = (out / "config.yaml").read_text("utf-8")
-    assert "hidden_size: 32" in settings and f"max_steps: {step + 2}" in settings and "path: sea.txt" in settings
+    assert (
+        "hidden_size: 32" in settings
+        and f"max_steps: {step + 2}" in settings
+        and "path: sea.txt" in settings
+    )
     assert (out / "model.safetensors").exists() and not hidden(out)
 
 
@@ -151,6 +172,8 @@ def test_a_full_disk_is_one_line(place, capsys):
         assert call("export --run whole --out there/export") == 2
         assert call(f"pretrain {SEA} {SMALL} --out full --train.max-steps 2") == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert len(lines) == 2 and all("cannot be written (" in line and "make room" in line for line in lines)
+    assert len(lines) == 2 and all(
+        "cannot be written (" in line and "make room" in line for line in lines
+    )
     assert lines[0].startswith("tinylm: error: there/export")
     assert not [*(place / "there").iterdir()] and not hidden(place / "full")

@@ -48,14 +48,22 @@ for stage, name, settings in jobs:
 def run(folder: Path, *jobs: tuple, processes: int = 1) -> list[list[dict]] | str:
     """What each job logs: (stage, name of the run, settings); or what is printed, if there is no run."""
     (folder / "run.py").write_text(RUN, "utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        if processes > 1
+        else []
+    )
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env["TQDM_DISABLE"] = "1"
     words = [sys.executable, *launcher, str(folder / "run.py"), str(folder), json.dumps(jobs)]
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     logs = [folder / name / "metrics.jsonl" for _, name, _ in jobs]
-    rows = [[json.loads(line) for line in log.read_text("utf-8").splitlines()] for log in logs if log.exists()]
+    rows = [
+        [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+        for log in logs
+        if log.exists()
+    ]
     return rows or done.stdout
 
 
@@ -69,16 +77,32 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    return [json.loads(line) for line in (folder / "alone" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "alone" / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
 
 
 def close(rows: list[dict], expected: list[dict]) -> None:
     """Same steps, same number of targets, and the same numbers but for rounding."""
-    assert [(row["step"], row["tokens"]) for row in rows] == [(row["step"], row["tokens"]) for row in expected]
-    names = ("loss", "grad_norm", "validation_loss", "lr", "preference_loss", "reward_chosen", "accuracy", "kl")
+    assert [(row["step"], row["tokens"]) for row in rows] == [
+        (row["step"], row["tokens"]) for row in expected
+    ]
+    names = (
+        "loss",
+        "grad_norm",
+        "validation_loss",
+        "lr",
+        "preference_loss",
+        "reward_chosen",
+        "accuracy",
+        "kl",
+    )
     for name in names:
         values = [row[name] for row in rows if name in row]
-        assert values == pytest.approx([row[name] for row in expected if name in row], rel=2e-3, abs=2e-3), name
+        assert values == pytest.approx(
+            [row[name] for row in expected if name in row], rel=2e-3, abs=2e-3
+        ), name
 
 
 def undo(out: Path, newest: Path) -> None:
@@ -103,33 +127,57 @@ def test_two_processes_resume_what_one_began(folder, alone):
 
 
 def test_fsdp_gives_the_losses_and_the_files_of_one_process(folder, alone):
-    close(*run(folder, ("pretrain", "fsdp", {"fsdp": True, "grad_accum_steps": 2}), processes=2), alone)
+    close(
+        *run(folder, ("pretrain", "fsdp", {"fsdp": True, "grad_accum_steps": 2}), processes=2),
+        alone,
+    )
     weights = [TinyLM.from_pretrained(folder / name).state_dict() for name in ("alone", "fsdp")]
     torch.testing.assert_close(*weights, rtol=0, atol=0.03)  # Muon's directions are rough
-    paths = [folder / name / "checkpoints" / "step-000015" / "trainer.pt" for name in ("alone", "fsdp")]
+    paths = [
+        folder / name / "checkpoints" / "step-000015" / "trainer.pt" for name in ("alone", "fsdp")
+    ]
     states = [torch.load(path, weights_only=True)["optimizers"] for path in paths]
-    torch.testing.assert_close(*states, rtol=0.1, atol=0.01)  # every average of the optimisers, whole
+    torch.testing.assert_close(
+        *states, rtol=0.1, atol=0.01
+    )  # every average of the optimisers, whole
     undo(folder / "fsdp", folder / "once")
     close(*run(folder, ("pretrain", "fsdp", {})), alone)  # one process goes on
     undo(folder / "fsdp", folder / "twice")
     close(*run(folder, ("pretrain", "fsdp", {"fsdp": True}), processes=2), alone)  # and two again
 
 
-LATER: list[tuple[str, dict]] = [("sft", {}), ("sft", {"r": 2, "fsdp": True}), ("dpo", {}), ("dpo", {"fsdp": True})]
-LATER += [("dpo", {"r": 2, "reference": "adapter", "fsdp": True}), ("dpo", {"reference": "precomputed", "fsdp": True})]
+LATER: list[tuple[str, dict]] = [
+    ("sft", {}),
+    ("sft", {"r": 2, "fsdp": True}),
+    ("dpo", {}),
+    ("dpo", {"fsdp": True}),
+]
+LATER += [
+    ("dpo", {"r": 2, "reference": "adapter", "fsdp": True}),
+    ("dpo", {"reference": "precomputed", "fsdp": True}),
+]
 
 
 def test_later_stages_give_the_losses_of_one_process(folder):
     short = {"max_steps": 6, "eval_interval": 3, "learning_rate": 0.01, "optimizer": "adamw"}
-    one, two = ([(stage, f"{n}-{i}", short | how) for i, (stage, how) in enumerate(LATER)] for n in ("one", "two"))
+    one, two = (
+        [(stage, f"{n}-{i}", short | how) for i, (stage, how) in enumerate(LATER)]
+        for n in ("one", "two")
+    )
     for expected, rows in zip(run(folder, *one), run(folder, *two, processes=2), strict=True):
         close(rows, expected)
     for (_, name, how), (_, other, _) in zip(one, two, strict=True):
         weights = [TinyLM.from_pretrained(folder / path).state_dict() for path in (name, other)]
-        torch.testing.assert_close(*weights, rtol=0, atol=0.01, msg=lambda text, how=how: f"{how}: {text}")
+        torch.testing.assert_close(
+            *weights, rtol=0, atol=0.01, msg=lambda text, how=how: f"{how}: {text}"
+        )
 
 
 def test_processes_that_do_not_divide_the_batch(folder):
-    told = run(folder, *((stage, "uneven", {"batch_size": 3}) for stage in ("pretrain", "sft", "dpo")), processes=2)
+    told = run(
+        folder,
+        *((stage, "uneven", {"batch_size": 3}) for stage in ("pretrain", "sft", "dpo")),
+        processes=2,
+    )
     line = "train.batch_size=3 cannot be shared evenly by 2 processes; make it a multiple of 2"
     assert told.count(line) == 3 * 2 and not (folder / "uneven").exists()

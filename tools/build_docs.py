@@ -58,8 +58,12 @@ def is_run(cell: Any) -> bool:
         return False
     if cell.directives_.keys() & {"export", "exports", "exporti", "exec_doc"}:
         return True
-    only_imports = all(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in statements)
-    return only_imports or cell.source.lstrip().startswith("show_doc(") or "\nshow_doc(" in cell.source
+    only_imports = all(
+        isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in statements
+    )
+    return (
+        only_imports or cell.source.lstrip().startswith("show_doc(") or "\nshow_doc(" in cell.source
+    )
 
 
 def main() -> int:
@@ -78,7 +82,9 @@ def main() -> int:
     proc_nbs(force=True, n_workers=0)
     config = get_config()
     relink(PROC, plain_names(PROC), f"{config.doc_host}{config.doc_baseurl}/")
-    if subprocess.run([sys.executable, "-m", "smalldocs.cli", "render", str(PROC)], cwd=ROOT).returncode:
+    if subprocess.run(
+        [sys.executable, "-m", "smalldocs.cli", "render", str(PROC)], cwd=ROOT
+    ).returncode:
         return 1
     shutil.rmtree(DOCS, ignore_errors=True)
     shutil.move(PROC / "_docs", DOCS)

@@ -25,12 +25,20 @@ def is_hidden(source: str) -> bool:
 
 def prepared(nb):
     """The notebook without hidden cells and `#|` lines, its relative links seen from the project's root."""
-    nb.cells = [c for c in nb.cells if c.cell_type == "markdown" or (c.cell_type == "code" and not is_hidden(c.source))]
+    nb.cells = [
+        c
+        for c in nb.cells
+        if c.cell_type == "markdown" or (c.cell_type == "code" and not is_hidden(c.source))
+    ]
     for cell in nb.cells:
         if cell.cell_type == "markdown":
-            cell.source = re.sub(r"(\]\()(?!\w+:|/|#)", r"\1nbs/", cell.source).replace("](nbs/../", "](")
+            cell.source = re.sub(r"(\]\()(?!\w+:|/|#)", r"\1nbs/", cell.source).replace(
+                "](nbs/../", "]("
+            )
         else:
-            cell.source = "\n".join(line for line in cell.source.splitlines() if not DIRECTIVE.match(line))
+            cell.source = "\n".join(
+                line for line in cell.source.splitlines() if not DIRECTIVE.match(line)
+            )
     nb.metadata["language_info"] = {"name": "python"}
     return nb
 
@@ -38,7 +46,9 @@ def prepared(nb):
 def render() -> dict[str, bytes]:
     """The files to write, by path from the project's root."""
     resources = {"unique_key": "README", "output_files_dir": "README_files"}
-    body, resources = MarkdownExporter().from_notebook_node(prepared(nbformat.read(INDEX, as_version=4)), resources)
+    body, resources = MarkdownExporter().from_notebook_node(
+        prepared(nbformat.read(INDEX, as_version=4)), resources
+    )
     body = re.sub(r"[ \t]+\n", "\n", body)
     body = re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
     return {"README.md": (NOTE + body).encode(), **resources["outputs"]}
@@ -53,12 +63,18 @@ def write(files: dict[str, bytes], root: Path) -> None:
 def on_disk() -> dict[str, bytes]:
     """README.md and the pictures as they are now."""
     paths = [ROOT / "README.md", *sorted((ROOT / "README_files").glob("**/*"))]
-    return {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in paths if path.is_file()}
+    return {
+        path.relative_to(ROOT).as_posix(): path.read_bytes() for path in paths if path.is_file()
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file would change")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if a file would change"
+    )
     check = parser.parse_args().check
     new, old = render(), on_disk()
     changed = sorted(name for name in new.keys() | old.keys() if new.get(name) != old.get(name))

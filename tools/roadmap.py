@@ -11,20 +11,23 @@ IMAGES = Path(__file__).resolve().parent.parent / "nbs" / "images"
 
 # One line per group of stages: the group's name, then its notebooks. A new notebook is added here.
 GROUPS = [
-    ("text", ["00 tokenizer"]),
-    ("the model", ["01 rope", "02 attention", "03 feedforward", "04 moe", "05 model", "06 lora"]),
-    ("generation", ["07 kv_cache", "08 generate"]),
-    ("data", ["09 corpus", "10 data"]),
-    ("training", ["11 pretrain", "12 evaluate"]),
-    ("tuning", ["13 sft", "14 dpo"]),
-    ("use", ["15 hub", "16 cli"]),
-    ("proof", ["17 proofs", "18 experiments"]),
+    ("0 start", ["01 tokenizer", "09 basics"]),
+    ("1 the model", ["10 rope", "11 attention", "13 feedforward", "14 moe", "15 model", "17 lora"]),
+    ("2 generation", ["20 kv_cache", "21 generate"]),
+    ("3 data", ["30 corpus", "31 data"]),
+    ("4 pretraining", ["43 pretrain", "44 evaluate"]),
+    ("5 tuning", ["51 sft", "52 dpo"]),
+    ("6 use, study", ["60 hub", "62 experiments", "64 cli", "70 proofs"]),
 ]
 STAGES = [stage for _, stages in GROUPS for stage in stages]
 
 BOX, GAP, LEFT = 54, 4, 4  # width of a box, space between two, left margin
 WIDTH, HEIGHT = 2 * LEFT + len(STAGES) * (BOX + GAP) - GAP, 70
-DONE, HERE, AHEAD = ("#3d6f8e", "#ffffff"), ("#c2410c", "#ffffff"), ("#e4e8ec", "#37424d")  # (box, text)
+DONE, HERE, AHEAD = (
+    ("#3d6f8e", "#ffffff"),
+    ("#c2410c", "#ffffff"),
+    ("#e4e8ec", "#37424d"),
+)  # (box, text)
 GROUP = ("#55606b", "#ffffff")
 
 
@@ -43,7 +46,11 @@ def draw_stages(here: int) -> list[str]:
     for i, stage in enumerate(STAGES):
         number, name = stage.split()
         fill, ink = HERE if i == here else DONE if i < here else AHEAD
-        x, middle, grow = LEFT + i * (BOX + GAP), LEFT + i * (BOX + GAP) + BOX / 2, 3 if i == here else 0
+        x, middle, grow = (
+            LEFT + i * (BOX + GAP),
+            LEFT + i * (BOX + GAP) + BOX / 2,
+            3 if i == here else 0,
+        )
         parts.append(rect(x, 5 - grow, BOX, 41 + 2 * grow, fill))
         parts.append(text(middle, 22, number, ink, 12, bold=True))
         parts.append(text(middle, 37, name, ink, 9 if len(name) < 10 else 8))
@@ -71,11 +78,19 @@ def svg(here: int) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a picture would change")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if a picture would change"
+    )
     check = parser.parse_args().check
     files = {IMAGES / f"roadmap-{stage.split()[0]}.svg": svg(i) for i, stage in enumerate(STAGES)}
-    changed = [path for path, content in files.items() if not path.exists() or path.read_text("utf-8") != content]
+    changed = [
+        path
+        for path, content in files.items()
+        if not path.exists() or path.read_text("utf-8") != content
+    ]
     stale = sorted(set(IMAGES.glob("roadmap-*.svg")) - files.keys())
     if check:
         for path in changed + stale:

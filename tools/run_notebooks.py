@@ -1,7 +1,7 @@
 """Run notebooks from top to bottom and save their outputs; `--check` says, without running, which outputs are stale.
 
     python tools/run_notebooks.py                         every notebook
-    python tools/run_notebooks.py nbs/01_rope.ipynb       one notebook
+    python tools/run_notebooks.py nbs/10_rope.ipynb       one notebook
     python tools/run_notebooks.py --flags slow cuda       with the cells that are skipped by default
     python tools/run_notebooks.py --check                 exit 1 if code changed since its outputs were saved
 
@@ -19,7 +19,11 @@ from pathlib import Path
 
 # Set before the kernel starts: it inherits them. Saved outputs then have no progress bars, warnings or random order.
 STABLE = {"IN_TEST": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "PYTHONHASHSEED": "0"}
-STABLE |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "true"}
+STABLE |= {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "true",
+}
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 
@@ -100,22 +104,32 @@ def is_fresh(path: Path) -> bool:
 def check(paths: list[Path]) -> int:
     stale = [path.name for path in paths if not is_fresh(path)]
     for name in stale:
-        print(f"{name}: code changed since it was last run; python tools/run_notebooks.py nbs/{name}")
+        print(
+            f"{name}: code changed since it was last run; python tools/run_notebooks.py nbs/{name}"
+        )
     return 1 if stale else 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("notebooks", nargs="*", help="paths of notebooks (default: all of nbs/)")
-    parser.add_argument("--check", action="store_true", help="run nothing; exit 1 if an output is stale")
-    parser.add_argument("--flags", nargs="*", default=[], help="also run cells that carry these flags")
+    parser.add_argument(
+        "--check", action="store_true", help="run nothing; exit 1 if an output is stale"
+    )
+    parser.add_argument(
+        "--flags", nargs="*", default=[], help="also run cells that carry these flags"
+    )
     parser.add_argument("--timeout", type=int, default=1800, help="seconds allowed for one cell")
     args = parser.parse_args()
     paths = notebooks(args.notebooks)
     if args.check:
         return check(paths)
     os.environ.update(STABLE)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    )
     for path in paths:
         start = time.perf_counter()
         run(path, test_flags() - set(args.flags), args.timeout)
