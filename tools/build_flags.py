@@ -1,6 +1,7 @@
-"""Write tinylm/flags.json, the flags of every command, from the config classes; `--check`: is it up to date?
+"""Write tinylm/flags.json, the flags of every command; `--check` says whether it is up to date.
 
-The command line reads that file first, so that help and typing mistakes need not wait for PyTorch.
+The flags come from the config classes. The command line reads the file first, so that help and
+typing mistakes need not wait for PyTorch.
 """
 
 import argparse
@@ -17,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def flags_of(run) -> list:
-    """The flags of a command: it prints them when it is called with this word alone."""
+    """Ask a command for its flags, which it prints when it is called with this word alone."""
     printed = io.StringIO()
     with redirect_stdout(printed), suppress(SystemExit):
         run(["--flags-as-json"])
@@ -25,7 +26,7 @@ def flags_of(run) -> list:
 
 
 def render() -> str:
-    """The file: for each command a list of flags, one a line."""
+    """Return the text of the file: for each command a list of flags, one a line."""
     from tinylm.cli import COMMANDS
 
     parts = []
@@ -36,13 +37,13 @@ def render() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 if the file is out of date"
-    )
+    """Read the flags of this script, and do what they say."""
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it is stale")
     check = parser.parse_args().check
+
+    # Commands that are asked for their flags must print nothing else.
     os.environ["TQDM_DISABLE"] = "1"
     text = render()
     if not check:
