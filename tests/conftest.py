@@ -1,4 +1,4 @@
-"""Settings of all tests: no progress bars or notes; a command prints its result, or one line of error."""
+"""Settings of all tests: no progress bars or notes, only the result or one line of error."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Chats from end to end: where answers end, in every folder that is written, and templates and tokenizers that fail."""
+"""Chats from end to end: where answers end, and templates and tokenizers that fail."""
 
 import io
 import json
@@ -30,8 +30,8 @@ TEXT = [
     "birds sing in the old pear tree > all day. Who sings? Birds do. user assistant system\n"
 ] * 30
 CHAT = [{"role": "user", "content": "Who sings?"}, {"role": "assistant", "content": "Birds do."}]
-FEW = "--data.seq-len 64 --train.max-steps 2 --train.batch-size 2 --train.sample-tokens 3 --train.num-threads 1"
-FEW += " --train.checkpoint-interval 1 --overwrite"
+FEW = "--data.seq-len 64 --train.max-steps 2 --train.batch-size 2 --train.sample-tokens 3"
+FEW += " --train.num-threads 1 --train.checkpoint-interval 1 --overwrite"
 HEADS = "{{ bos_token }}{% for m in messages %}"
 HEADS += "{{ '<|turn|>' + m['role'] + '\\n' + m['content'] + '<|over|>' }}{% endfor %}"
 HEADS += "{% if add_generation_prompt %}{{ '<|turn|>assistant\\n' }}{% endif %}"
@@ -83,7 +83,8 @@ def write_model(
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a base, a chat model of others, and chats and pairs; it is the current one."""
-    folder, here = tmp_path_factory.mktemp("chats"), os.getcwd()
+    folder = tmp_path_factory.mktemp("chats")
+    here = os.getcwd()
     os.chdir(folder)
     write_model(Path("base"), Tokenizer.train(TEXT, 330).hf_tokenizer)
     write_model(Path("plain"), foreign_tokenizer())
@@ -115,29 +116,25 @@ def tuned(place):
 
 
 def test_every_folder_keeps_the_list_of_end_tokens(tuned):
-    """A fine-tuned run, one tuned further, its checkpoint, an export, and what is opened and saved again."""
+    """So does one tuned further, its checkpoint, an export, and what is opened and saved again."""
     assert main(shlex.split(f"dpo --run tuned --out further --data.path pairs.jsonl {FEW}")) == 0
     assert main(shlex.split("export --run further --out exported")) == 0
     save(*load("exported"), "saved")
     checkpoint = str(sorted(Path("tuned/checkpoints").iterdir())[-1])
     for folder in ("tuned", checkpoint, "further", "exported", "saved"):
         assert listed(folder) == [0, 3], folder
-        assert load_sampling(folder).eos_token_id == (0, 3) and load(folder)[1].eos_token_ids == [
-            0,
-            3,
-        ]
+        assert load_sampling(folder).eos_token_id == (0, 3)
+        _, tokenizer = load(folder)
+        assert tokenizer.eos_token_ids == [0, 3]
 
 
 def test_saved_templates_need_no_extension(tuned):
-    """Plain Jinja reads the template of a run, and the run can still be tuned: its marks come back."""
+    """Plain Jinja reads the template of a run; the run can still be tuned: its marks come back."""
     import jinja2
 
     text = Path("tuned/chat_template.jinja").read_text()
-    written = (
-        jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-        .from_string(text)
-        .render(messages=CHAT)
-    )
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    written = environment.from_string(text).render(messages=CHAT)
     assert written == AutoTokenizer.from_pretrained("tuned").apply_chat_template(
         CHAT, tokenize=False
     )
@@ -177,16 +174,13 @@ def test_chat_ends_where_the_template_ends_an_answer(place, capsys, monkeypatch)
 
 def test_chatml_without_its_tokens_ends_with_the_end_of_text(place):
     """Once the last piece of `<|im_end|>`, a ">", ended all answers."""
-    assert (
-        main(shlex.split(f"sft --run plain --chatml --out chatml --data.path chats.jsonl {FEW}"))
-        == 0
-    )
+    command = f"sft --run plain --chatml --out chatml --data.path chats.jsonl {FEW}"
+    assert main(shlex.split(command)) == 0
     tokenizer = Tokenizer.from_pretrained("chatml")
-    ids, said = tokenizer.chat_ids_and_mask(CHAT)
+    ids, mask = tokenizer.chat_ids_and_mask(CHAT)
     assert listed("chatml") == 1 and ends(tokenizer) == [1]
-    assert (
-        tokenizer.decode([i for i, own in zip(ids, said, strict=True) if own]) == "Birds do.<eos>"
-    )
+    answer = [token for token, is_answer in zip(ids, mask, strict=True) if is_answer]
+    assert tokenizer.decode(answer) == "Birds do.<eos>"
 
 
 THINK = CHATML_TEMPLATE.replace(
@@ -195,7 +189,7 @@ THINK = CHATML_TEMPLATE.replace(
 
 
 def test_preferences_with_a_prompt_longer_than_a_turn(tuned):
-    """Labels are found by the marks: none are lost where the prompt opens a place to think, and no loss is NaN."""
+    """Marks show the labels, so none are lost if the prompt opens a place to think: no NaN."""
     model, tokenizer = load("tuned")
     tokenizer.hf_tokenizer.chat_template = THINK
     save(model, tokenizer, "thinking")
@@ -218,7 +212,8 @@ TEMPLATES = {
     "huge": (BODY + "{% set a = 'cat' * 9999999999 %}", "more than 512 MB of memory"),
     "doubling": (
         BODY
-        + "{% set n = namespace(a='cat') %}{% for i in range(40) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
+        + "{% set n = namespace(a='cat') %}"
+        + "{% for i in range(40) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
         "more than 512 MB of memory",
     ),
     "long": (BODY + "{{ 'cat ' * 9999999 }}", "the chat template fails: it writes "),
@@ -245,7 +240,8 @@ def test_failing_template_is_one_line(place, name, capsys, monkeypatch):
 
 def test_template_that_refuses_a_record_shows_it(place, capsys):
     """A template that knows no system message: the line shows the chat that has one."""
-    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"
+    refuses = "{% if messages[0]['role'] == 'system' %}"
+    refuses += "{{ raise_exception('no system, please') }}{% endif %}"
     model, tokenizer = load("base")
     tokenizer.hf_tokenizer.chat_template = refuses + CHATML_TEMPLATE
     save(model, tokenizer, "strict")
@@ -255,14 +251,12 @@ def test_template_that_refuses_a_record_shows_it(place, capsys):
     )
     assert main(shlex.split(f"sft --run strict --out new --data.path system.jsonl {FEW}")) == 2
     error = capsys.readouterr().err
-    assert (
-        "no system, please; in the chat [('system', 'Sing!')" in error
-        and len(error.splitlines()) == 1
-    )
+    assert "no system, please; in the chat [('system', 'Sing!')" in error
+    assert len(error.splitlines()) == 1
 
 
 def test_answers_without_an_end_are_refused(place, capsys):
-    """The end mark stands outside of what the assistant says: the model would never learn to stop."""
+    """If the end mark stands outside of the answer, the model would never learn to stop."""
     model, tokenizer = load("base")
     tokenizer.hf_tokenizer.chat_template = CHATML_TEMPLATE.replace(
         "+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>' }}"
@@ -271,10 +265,8 @@ def test_answers_without_an_end_are_refused(place, capsys):
     for stage, data in (("sft", "chats.jsonl"), ("dpo", "pairs.jsonl")):
         assert main(shlex.split(f"{stage} --run outside --out new --data.path {data} {FEW}")) == 2
         error = capsys.readouterr().err
-        assert (
-            "the chat template ends no answer with a special token" in error
-            and not Path("new").exists()
-        )
+        assert "the chat template ends no answer with a special token" in error
+        assert not Path("new").exists()
 
 
 BROKEN = {  # a file of a checkpoint: what it holds, and what is said

@@ -1,4 +1,4 @@
-"""The command line as people use it: quick help, hints, chats, notes, and the commands of the README under torchrun."""
+"""The command line as people use it: quick help, hints, chats, notes, and torchrun."""
 
 import json
 import os
@@ -122,7 +122,9 @@ MISTAKES = {
     "generate ./": "'./' is a folder; write --run ./",
     "chat a b": "'b' belongs to no flag",
     "help pretrian": "did you mean 'pretrain'",
-    "pretrain --recipe typo.yaml": "train.max_step is no field of a recipe: did you mean 'max_steps'?",
+    "pretrain --recipe typo.yaml": (
+        "train.max_step is no field of a recipe: did you mean 'max_steps'?"
+    ),
 }
 
 
@@ -272,8 +274,9 @@ class Terminal:
 
 def test_chat_in_a_terminal(run):
     pytest.importorskip("readline")
-    code = "import os, sys, fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from tinylm.cli import main; "
-    words = [sys.executable, "-c", f"{code}sys.exit(main(sys.argv[1:]))", "chat", str(run)]
+    code = "import os, sys, fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    code += "from tinylm.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-c", code, "chat", str(run)]
     terminal = Terminal([*words, "--max-new-tokens", "15000"])
     assert "/reset to forget, /save FILE to keep, /exit or Ctrl-D to end" in terminal.wait_for("> ")
     terminal.type("the cat\n")
@@ -284,9 +287,7 @@ def test_chat_in_a_terminal(run):
     terminal.wait_for("> ")
     terminal.type("\x03")  # and while nothing is said
     terminal.wait_for("(/exit or Ctrl-D ends the chat)")
-    terminal.type(
-        "/savw it.json\x1b[D" + "\x1b[D" * 7 + "\x7fe\n"
-    )  # go back with the arrow, and correct
+    terminal.type("/savw it.json" + "\x1b[D" * 8 + "\x7fe\n")  # go back with the arrow, and correct
     terminal.wait_for("(saved in it.json)")
     terminal.type("\x1b[A\n")  # the line before
     terminal.wait_for("(it.json is there already")
@@ -306,8 +307,8 @@ def test_evaluate_of_two_runs_lines_up(run, tmp_path, capsys, monkeypatch):
     )
     table = [line for line in out.splitlines() if line.startswith("|")]
     assert code == 0 and len(table) > 3 and len({len(line) for line in table}) == 1
-    for said in ("loading PyTorch", "reading mine.txt", "measuring other", "measure the loss"):
-        assert said in err
+    for note in ("loading PyTorch", "reading mine.txt", "measuring other", "measure the loss"):
+        assert note in err
     report = (tmp_path / "report" / "report.md").read_text()
     assert report.strip() == "\n".join(table)
 

@@ -210,7 +210,8 @@ FAMILIES = {
     ),
 }
 DRAW = random.Random(3)
-SCRAPS = ["a", "bc ", " ", "  ", "\n", "\r\n", "12", "'s", "!", "…", "é", "e\u0301", "猫", ".\n"]
+SCRAPS = ["a", "bc ", " ", "  ", "\n", "\r\n", "12", "'s", "!", "…", "é", "e\u0301", "猫"]
+SCRAPS.append(".\n")
 ODD = "".join(DRAW.choices(SCRAPS, k=9000))
 LONG = {
     "words": " ".join(TALES[:60]),
@@ -237,7 +238,9 @@ def test_a_long_document_is_encoded_in_pieces_and_its_bytes_are_counted(
     tokenizer = data.TOKENIZERS[kind](
         DataConfig(), lambda: iter([Story(text, np.nan)]), lambda: iter([])
     )
-    whole, sizes, bars = tokenizer.encode_document(text), [], []
+    whole = tokenizer.encode_document(text)
+    sizes = []
+    bars = []
     real = Tokenizer.encode_batch
 
     def encode_batch(self, texts):
@@ -318,17 +321,17 @@ except KeyboardInterrupt:
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Every attempt to reach a host is noted and fails, though no environment variable forbids it."""
-    asked = []
+    """Every attempt to reach a host fails and is listed; no environment variable forbids it."""
+    attempts = []
 
     def refuse(*args, **options):
-        asked.append(args)
+        attempts.append(args)
         raise OSError("a host was asked")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    return asked
+    return attempts
 
 
 def test_local_files_need_no_host(tmp_path, monkeypatch, no_network, run):
@@ -392,8 +395,9 @@ def test_a_damaged_cache_is_made_anew(tmp_path, capsys, damage):
         stories=20, validation_stories=3, vocab_size=300, cache_dir=str(tmp_path / "cache")
     )
     first = prepare(config)
-    kept = {path: path.read_bytes() for path in sorted(first.folder.rglob("*")) if path.is_file()}
-    for path, content in kept.items():
+    files = [path for path in sorted(first.folder.rglob("*")) if path.is_file()]
+    contents = {path: path.read_bytes() for path in files}
+    for path, content in contents.items():
         DAMAGES[damage](path)
         prepare(config)
         assert path.read_bytes() == content

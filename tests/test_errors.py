@@ -1,4 +1,4 @@
-"""What is read from disk or given by a flag is checked before it is used; whatever is left becomes one line."""
+"""Files and flags are checked before they are used; any other error becomes one line."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def checkpoint(folder, **entries):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a small run, pairs to tune it on, and copies of it with one broken file each."""
+    """A folder with a small run, pairs to tune it on, and copies with one broken file each."""
     folder = tmp_path_factory.mktemp("errors")
     checkpoint(folder / "run")
     save_config(folder / "run", PretrainConfig(data=DataConfig(seq_len=64)))
@@ -134,7 +134,9 @@ FLAGS = {  # a command: what its line says
     "pretrain --train.learning-rate inf": "train.learning_rate=inf: give a finite number",
     "pretrain --train.seed 99999999999999999999": "at most 64 bits",
     "pretrain --model.rms-norm-eps nan": "rms_norm_eps is nan: use a finite number",
-    "evaluate run --data.seq-len 100000": "data.seq_len=100000 is above max_position_embeddings=128 of run",
+    "evaluate run --data.seq-len 100000": (
+        "data.seq_len=100000 is above max_position_embeddings=128 of run"
+    ),
     "generate --run run --seed 99999999999999999999": "at most 64 bits",
     "dpo --run run --beta inf": "beta=inf: give a finite number",
     "dpo --run none": "`tinylm sft --out none` makes it",
@@ -173,10 +175,11 @@ def test_what_nobody_has_foreseen_is_one_line_with_a_hint(call, monkeypatch, err
 
 def test_the_table_of_dpo_says_what_its_loss_is_made_of(call, monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    monkeypatch.setattr("sys.stderr", bar := io.StringIO())
-    how = "--data.path pairs.jsonl --data.seq-len 64 --data.validation-fraction 0.5 --train.max-steps 2"
-    how += " --train.sample-tokens 4 --train.batch-size 2"
-    code, printed, _ = call(f"dpo --run run --out both {how}")
+    bar = io.StringIO()
+    monkeypatch.setattr("sys.stderr", bar)
+    flags = "--data.path pairs.jsonl --data.seq-len 64 --data.validation-fraction 0.5"
+    flags += " --train.max-steps 2 --train.sample-tokens 4 --train.batch-size 2"
+    code, printed, _ = call(f"dpo --run run --out both {flags}")
     rows = dict(line.split("  ", 1) for line in printed.splitlines() if "  " in line)
     rows = {name: value.strip() for name, value in rows.items()}
     total = float(rows["validation loss"].split()[0])
@@ -186,7 +189,7 @@ def test_the_table_of_dpo_says_what_its_loss_is_made_of(call, monkeypatch):
     assert {"pairs ranked right", "margin", "KL to the reference"} <= rows.keys()
     assert "nats per token of an answer" not in printed
 
-    code, printed, _ = call(f"dpo --run run --out plain --sft-weight 0 {how}")
+    code, printed, _ = call(f"dpo --run run --out plain --sft-weight 0 {flags}")
     assert code == 0 and "preference loss" in printed and "loss of chosen answers" not in printed
 
 
@@ -201,7 +204,7 @@ def test_hints_name_the_command_that_made_a_run(place):
 
 
 def test_a_speedrun_goes_on(call, place, monkeypatch):
-    """It stops before anything is done if one of its runs is there, and `--resume`, which is the remedy, works."""
+    """If one of its runs is there, it stops before all else; the remedy, `--resume`, works."""
     typed = []
     monkeypatch.setattr(cli, "type_and_run", lambda *words: typed.append(words))
     shutil.copytree(place / "run", place / "speed" / "dpo")

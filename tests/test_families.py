@@ -1,4 +1,4 @@
-"""Models of ten families: opened equal to `transformers` or refused by name, tuned, and exchanged with `peft`."""
+"""Ten families: opened equal to `transformers` or refused by name, tuned, exchanged with `peft`."""
 
 import copy
 import json
@@ -79,7 +79,7 @@ def scramble(model, seed=3):
 
 
 def make_theirs(family, folder, **changes):
-    """A model of `transformers` with entries in its config.json as another tool would write them."""
+    """A model of `transformers` whose config.json has entries as another tool would write them."""
     entries = {"vocab_size": 47, **SIZES, **NO_TOKENS, **FAMILIES[family], **changes}
     config = AutoConfig.for_model(family, **copy.deepcopy(entries))
     scramble(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
@@ -130,7 +130,7 @@ ENTRIES = {
     "more dense layers than layers": {"first_k_dense_replace": 3},
     "no shared experts": {"n_shared_experts": 0},
 }
-# Where the entry is one that `transformers` computes and this library does not, the message must name it.
+# Entries that `transformers` computes and this library does not: the message must name them.
 REFUSED = {
     "partial_rotary_factor": "partial_rotary_factor=0.5",
     "is_causal": "is_causal=False",
@@ -179,7 +179,7 @@ def test_what_is_near_is_opened(case, tmp_path):
 
 
 def targets(model):
-    """The places of adapters: ends of names of linear layers, and of weights that `peft` takes as parameters."""
+    """The ends of the names of linear layers, and of weights that `peft` takes as parameters."""
     linear = {
         name.rpartition(".")[2]
         for name, part in model.named_modules()
@@ -305,8 +305,9 @@ def test_the_command_tunes_a_model_in_several_files(tokenizer, tmp_path):
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     chats = [{"prompt": f"pond {number}?", "completion": "ducks"} for number in range(20)]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    flags = "sft --run sharded --out tuned --data.path chats.jsonl --data.seq-len 32 --train.max-steps 1"
-    flags += " --train.batch-size 2 --train.num-threads 1 --train.sample-interval 0"
+    flags = "sft --run sharded --out tuned --data.path chats.jsonl --data.seq-len 32"
+    flags += " --train.max-steps 1 --train.batch-size 2 --train.num-threads 1"
+    flags += " --train.sample-interval 0"
     command = [sys.executable, "-m", "tinylm", *flags.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-500:]

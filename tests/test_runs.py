@@ -1,4 +1,4 @@
-"""Runs that are stopped, shared, short of disk space or of letters: nothing is lost, and one line says what to do."""
+"""Runs that are stopped, shared, or short of disk space: nothing is lost, the remedy is named."""
 
 import json
 import os
@@ -21,7 +21,8 @@ MODEL = "--model.hidden-size 32 --model.num-hidden-layers 1 --model.num-attentio
 TRAIN = "--train.batch-size 4 --train.num-threads 1 --train.device cpu --train.sample-interval 0"
 SMALL = f"{MODEL} {TRAIN} --train.eval-interval 0 --train.checkpoint-interval 0 --data.seq-len 64"
 SEA = "--data.path sea.txt --data.tokenizer char --data.vocab-size 24"
-LONG = f"pretrain {SEA} {SMALL} --train.max-steps 20000 --train.log-interval 1 --train.sample-prompt we"
+LONG = f"pretrain {SEA} {SMALL} --train.max-steps 20000 --train.log-interval 1"
+LONG += " --train.sample-prompt we"
 
 
 def start(command: str, processes: int = 1) -> subprocess.Popen:
@@ -76,15 +77,16 @@ def place(tmp_path_factory):
         "PYTHONPATH": str(ROOT),
         "TINYLM_CACHE": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
     }
-    settings |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    before, here = dict(os.environ), os.getcwd()
+    before = dict(os.environ)
+    here = os.getcwd()
     os.environ.update(settings)
     os.chdir(folder)
-    assert (
-        call(f"pretrain {SEA} {SMALL} --out whole --train.max-steps 12 --train.sample-prompt we")
-        == 0
-    )
+    flags = "--out whole --train.max-steps 12 --train.sample-prompt we"
+    assert call(f"pretrain {SEA} {SMALL} {flags}") == 0
     yield folder
     os.chdir(here)
     os.environ.clear()
@@ -113,8 +115,8 @@ def test_one_process_trains_in_a_folder_and_ctrl_c_says_how_to_go_on(place, caps
     assert process.returncode == 130 and step >= 3
     assert not (out / "model.safetensors").exists() and not hidden(out)
 
-    # The command needs none of the flags again, and flags still change what may change. What killed processes
-    # left behind, a lock included, is in nobody's way, and gone at the end.
+    # The command needs none of the flags again, and flags still change what may change. What killed
+    # processes left behind, a lock included, is in nobody's way, and gone at the end.
     (out / ".lock").touch()
     for litter in (".writing-dead/new", "checkpoints/.step-000900", "checkpoints/tmpabc"):
         (out / litter).mkdir(parents=True)

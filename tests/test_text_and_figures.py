@@ -1,4 +1,4 @@
-"""Texts and figures as others see them: start tokens, runs seen from other folders, pipes, odd bytes, intervals."""
+"""Texts and figures as others see them: start tokens, other folders, pipes, bytes, intervals."""
 
 import io
 import json
@@ -18,7 +18,8 @@ from tinylm.cli import main
 from tinylm.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = "--model.hidden-size 16 --model.num-hidden-layers 1 --model.num-attention-heads 1 --data.seq-len 48"
+SMALL = "--model.hidden-size 16 --model.num-hidden-layers 1 --model.num-attention-heads 1"
+SMALL += " --data.seq-len 48"
 SHORT = "--train.max-steps 2 --train.batch-size 2 --train.sample-tokens 3 --train.warmup-steps 1"
 TALE = "Kim rowed to the isle. The isle was far off."
 
@@ -30,8 +31,10 @@ def call(command: str) -> int:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a project, made with relative names: text, a run on it, and a run that was tuned from it."""
-    folder, before, here = tmp_path_factory.mktemp("figures"), dict(os.environ), os.getcwd()
+    """A project, made with relative names: text, a run on it, and a run that was tuned from it."""
+    folder = tmp_path_factory.mktemp("figures")
+    before = dict(os.environ)
+    here = os.getcwd()
     os.environ.update(
         TINYLM_CACHE=str(folder / "cache"),
         TQDM_DISABLE="1",
@@ -45,18 +48,10 @@ def place(tmp_path_factory):
     Path("tales.jsonl").write_text("\n".join(lines))
     chats = [json.dumps({"prompt": f"How far, {n}?", "completion": "Far."}) for n in range(20)]
     Path("chats.jsonl").write_text("\n".join(chats))
-    assert (
-        call(
-            f"pretrain --data.path tales.jsonl --data.vocab-size 290 {SMALL} {SHORT} --out runs/base"
-        )
-        == 0
-    )
-    assert (
-        call(
-            f"sft --run runs/base --data.path chats.jsonl --data.seq-len 48 {SHORT} --out runs/tuned"
-        )
-        == 0
-    )
+    data = "--data.path tales.jsonl --data.vocab-size 290"
+    assert call(f"pretrain {data} {SMALL} {SHORT} --out runs/base") == 0
+    data = "--data.path chats.jsonl --data.seq-len 48"
+    assert call(f"sft --run runs/base {data} {SHORT} --out runs/tuned") == 0
     yield project
     os.chdir(here)
     os.environ.clear()
@@ -70,12 +65,11 @@ def loss_of(folder: Path, name: str) -> float:
 def test_saved_tokenizers_begin_a_text_once(place):
     assert call("export --run runs/tuned --out handed-on") == 0
     for folder in ("runs/base", "runs/tuned", "handed-on"):
-        own, theirs = Tokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        own = Tokenizer.from_pretrained(folder)
+        theirs = AutoTokenizer.from_pretrained(folder)
         assert theirs(TALE).input_ids == own.encode_document(TALE)[:-1]
-        assert theirs.batch_decode(theirs([TALE, "Kim"]).input_ids, skip_special_tokens=True) == [
-            TALE,
-            "Kim",
-        ]
+        ids = theirs([TALE, "Kim"]).input_ids
+        assert theirs.batch_decode(ids, skip_special_tokens=True) == [TALE, "Kim"]
 
 
 READY = {  # the rule of a ready-made tokenizer: None, or what its makers put around a text
@@ -89,32 +83,27 @@ READY = {  # the rule of a ready-made tokenizer: None, or what its makers put ar
 @pytest.mark.parametrize("bos", ["<s>", None])
 @pytest.mark.parametrize("rule", READY)
 def test_ready_made_tokenizers_begin_a_text_once(rule, bos, tmp_path):
-    vocab = {
-        token: i
-        for i, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
-    }
+    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocab = {token: i for i, token in enumerate(tokens)}
     backend = tokenizers.Tokenizer(models.BPE(vocab, []))
-    backend.pre_tokenizer, backend.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     if READY[rule]:
         backend.post_processor = READY[rule]
     theirs = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token="</s>")
     before = theirs("Kim").input_ids
-    made = Tokenizer(theirs)
+    tokenizer = Tokenizer(theirs)
     opened = theirs("Kim").input_ids
-    plain = made.encode("Kim")
-    assert opened == (
-        [0, *plain] if rule == "no rule" and bos else before
-    )  # a rule of the makers stays
+    plain = tokenizer.encode("Kim")
+    expected = [0, *plain] if rule == "no rule" and bos else before  # a rule of the makers stays
+    assert opened == expected
 
-    made.add_start_token()  # as for a model that is trained from the beginning
-    made.save_pretrained(tmp_path)
+    tokenizer.add_start_token()  # as for a model that is trained from the beginning
+    tokenizer.save_pretrained(tmp_path)
     saved = AutoTokenizer.from_pretrained(tmp_path)
-    assert saved("Kim").input_ids == [made.bos_token_id, *plain]
+    assert saved("Kim").input_ids == [tokenizer.bos_token_id, *plain]
     assert Tokenizer.from_pretrained(tmp_path).hf_tokenizer("Kim").input_ids == [
-        made.bos_token_id,
+        tokenizer.bos_token_id,
         *plain,
     ]
 
@@ -185,14 +174,10 @@ def test_a_model_from_elsewhere_says_what_it_is_measured_on(place, capsys):
 
 
 def test_every_interval_says_what_it_is(place, capsys):
-    assert (
-        call(
-            "evaluate runs/base --data.path None --data.validation-stories 6 --data.stories 20 --stories 3"
-        )
-        == 0
-    )
-    out, table = capsys.readouterr().out, Path("runs/base/report/report.md").read_text()
-    for text in (out, table):
+    stories = "--data.path None --data.validation-stories 6 --data.stories 20 --stories 3"
+    assert call(f"evaluate runs/base {stories}") == 0
+    table = Path("runs/base/report/report.md").read_text()
+    for text in (capsys.readouterr().out, table):
         assert re.search(r"loss .*± [\d.]+ nats per token \(95% interval, 6 documents\)", text)
         assert re.search(r"distance to the floor .*± [\d.]+% \(95% interval, 6 documents\)", text)
         assert all(
