@@ -199,6 +199,20 @@ def test_notebook_imports_only_earlier_ones(notebook):
 
 
 @notebook_param
+def test_notebook_uses_no_private_names_of_another(notebook):
+    """A name that begins with an underscore may change, so only its own notebook uses it."""
+    private = []
+    for cell in code_cells(notebook).values():
+        imports = re.findall(
+            r"^\s*from tinylm\.(\w+) import ([^(#\n]+|\([^)]+\))", cell.source, re.M
+        )
+        for module, names in imports:
+            if module != notebook.stem[3:]:
+                private += re.findall(r"\b_[a-z]\w*", names)
+    assert not private, f"{notebook.name} imports {private}: make them public"
+
+
+@notebook_param
 def test_imports_stand_in_cells_of_their_own(notebook):
     for number, cell in code_cells(notebook).items():
         if re.match(r"\s*[%!]|#\|\s*export", cell.source):
