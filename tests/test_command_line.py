@@ -297,10 +297,9 @@ def test_chat_in_a_terminal(run):
         os.close(terminal.screen)
 
 
-def test_evaluate_of_two_runs_lines_up(run, tmp_path, capsys, monkeypatch):
+def test_evaluate_of_two_runs_lines_up(run, tmp_path, capsys, monkeypatch, progress_bars):
     (tmp_path / "mine.txt").write_text("the cat sat on the mat\n" * 50)
     monkeypatch.setenv("TINYLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("TQDM_DISABLE")
     (tmp_path / "other").symlink_to(run)
     code, out, err = answer(
         capsys, f"evaluate {run} other --data.path mine.txt --data.seq-len 64 --out report"
@@ -344,9 +343,8 @@ train: {max_steps: 4, batch_size: 2, eval_interval: 2, sample_tokens: 1, sample_
 """
 
 
-def test_sweep_of_a_recipe_says_how_far_it_is(tmp_path, capsys, monkeypatch):
+def test_sweep_of_a_recipe_says_how_far_it_is(tmp_path, capsys, monkeypatch, progress_bars):
     monkeypatch.setenv("TINYLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("TQDM_DISABLE")
     (tmp_path / "mine.txt").write_text("the cat sat on the mat\n" * 50)
     (tmp_path / "small.yaml").write_text(SMALL)
     change = "'{train.learning_rate: [1e-3, 5E-3]}'"
@@ -422,8 +420,7 @@ def test_numbers_with_an_exponent(number, tmp_path):
     assert recipe.model.rope_scaling["factor"] == 4.0
 
 
-def test_tokenizing_and_measuring_show_a_bar(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("TQDM_DISABLE")
+def test_tokenizing_and_measuring_show_a_bar(run, tmp_path, capsys, monkeypatch, progress_bars):
     chat = {
         "messages": [
             {"role": "user", "content": "the cat"},

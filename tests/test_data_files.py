@@ -232,7 +232,7 @@ def test_pieces_of_a_long_text_have_the_ids_of_the_whole(family):
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
 def test_a_long_document_is_encoded_in_pieces_and_its_bytes_are_counted(
-    tmp_path, monkeypatch, kind
+    tmp_path, monkeypatch, kind, progress_bars
 ):
     text = "\n".join(TALES) * 3 + "é"
     tokenizer = data.TOKENIZERS[kind](

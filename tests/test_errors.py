@@ -173,8 +173,7 @@ def test_what_nobody_has_foreseen_is_one_line_with_a_hint(call, monkeypatch, err
         call("info")
 
 
-def test_the_table_of_dpo_says_what_its_loss_is_made_of(call, monkeypatch):
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+def test_the_table_of_dpo_says_what_its_loss_is_made_of(call, monkeypatch, progress_bars):
     bar = io.StringIO()
     monkeypatch.setattr("sys.stderr", bar)
     flags = "--data.path pairs.jsonl --data.seq-len 64 --data.validation-fraction 0.5"
