@@ -13,7 +13,7 @@ from tinylm.model import TinyLM
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = """
-import json, sys
+import json, sys, time
 from functools import partial
 from pathlib import Path
 from tinylm.data import DataConfig
@@ -44,6 +44,7 @@ for stage, name, settings in jobs:
         if name != "uneven":
             raise
         print(error)
+        time.sleep(1)  # the other process may still be connecting to this one
 """
 
 
