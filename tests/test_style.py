@@ -257,7 +257,7 @@ def is_explained(source: Source, parameters: list[ast.arg]) -> bool:
     first_lines = {parameter.lineno for parameter in parameters}
     if len(first_lines) < len(parameters):
         return False
-    spans = [range(each.lineno, each.end_lineno + 1) for each in parameters]
+    spans = [range(node.lineno, node.end_lineno + 1) for node in parameters]
     return all(source.comments.intersection(span) for span in spans)
 
 
