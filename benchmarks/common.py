@@ -14,6 +14,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinylm import __version__
+from tinylm.checkpoints import config_json
 from tinylm.model import ModelConfig, TinyLM
 
 LLAMA = ModelConfig(qk_norm=False, tie_word_embeddings=False)  # what LlamaForCausalLM computes
@@ -61,7 +62,7 @@ def make_pair(config: ModelConfig, device: str) -> tuple[TinyLM, LlamaForCausalL
     torch.manual_seed(0)
     ours = TinyLM(config).to(device)
     theirs = LlamaForCausalLM._from_config(
-        LlamaConfig(**config.to_hf()), attn_implementation="sdpa"
+        LlamaConfig(**config_json(config)), attn_implementation="sdpa"
     ).to(device)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs

@@ -15,7 +15,8 @@ import tyro
 from common import LLAMA, report, take_turns
 from train_step import our_step, train_config
 
-from tinylm.model import TinyLM, count_parameters
+from tinylm.cost import count_parameters
+from tinylm.model import TinyLM
 from tinylm.pretrain import matmul_precision
 
 

@@ -18,7 +18,8 @@ import tyro
 from common import SHAPES, Shape, compare, make_pair, report, take_turns
 from transformers import LlamaForCausalLM
 
-from tinylm.model import ModelConfig, TinyLM, flops_per_token
+from tinylm.cost import flops_per_token
+from tinylm.model import ModelConfig, TinyLM
 from tinylm.pretrain import PRECISIONS, Engine, TrainConfig, matmul_precision, measure_matmul_peak
 
 Mode = Literal["fp32", "bf16_matmul", "bf16", "fp32+compile", "bf16_matmul+compile", "bf16+compile"]

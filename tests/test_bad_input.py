@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tinylm.checkpoints import save_model
 from tinylm.cli import main
 from tinylm.dpo import DPOConfig
 from tinylm.generate import SamplingConfig, beam_search, generate, speculative_generate, stream
@@ -54,7 +55,8 @@ BAD_RECORDS: dict[str, dict] = {  # the second of three
 
 def saved(folder: Path, config: ModelConfig = TINY) -> TinyLM:
     torch.manual_seed(0)
-    (model := TinyLM(config)).save_pretrained(folder)
+    model = TinyLM(config)
+    save_model(model, folder)
     return model
 
 
@@ -133,11 +135,11 @@ CALLS = {  # what is called: what its message says
     "lora 0": (lambda: add_lora(build(), LoraConfig(r=0)), "r is 0: .*use 1"),
     "lora -1": (lambda: LoraConfig(r=-1), "r is -1: use"),
     "lora 99": (lambda: add_lora(build(), LoraConfig(r=99)), "r is 99: .*, use .*32"),
-    "mla 0": (lambda: build(**LATENT, kv_lora_rank=0), "kv_lora_rank is 0: use"),
+    "mla 0": (lambda: build(**LATENT, kv_lora_rank=0), "kv_lora_rank=0: use"),
     "mla 99": (lambda: build(**LATENT, kv_lora_rank=99), "kv_lora_rank is 99: use 1 to 32"),
     "mla queries -1": (
         lambda: build(**LATENT, kv_lora_rank=8, q_lora_rank=-1),
-        "q_lora_rank is -1: use",
+        "q_lora_rank=-1: use",
     ),
     "mla queries 99": (
         lambda: build(**LATENT, kv_lora_rank=8, q_lora_rank=99),
@@ -155,8 +157,8 @@ CALLS = {  # what is called: what its message says
         lambda: build(num_experts=8, n_group=2, topk_group=3),
         "topk_group is 3: use .*2",
     ),
-    "kv heads": (lambda: build(num_key_value_heads=3), "num_key_value_heads is 3: make it divide"),
-    "window": (lambda: build(sliding_window=0), "sliding_window is 0: use a number above 0"),
+    "kv heads": (lambda: build(num_key_value_heads=3), "num_key_value_heads=3: make it divide"),
+    "window": (lambda: build(sliding_window=0), "sliding_window=0: use a number above 0"),
     "rope": (
         lambda: build(rope_scaling={"rope_type": "spiral"}),
         "'spiral': use one of default, linear",
@@ -202,10 +204,10 @@ SFT, DPO = f"sft {SHORT} --run run --data.path", f"dpo {SHORT} --run run --data.
 COMMANDS = {
     f"{SFT} good.jsonl --lora.r -1": "r is -1: use",
     f"{SFT} good.jsonl --lora.r 99": "r is 99: .*, use .*32",
-    "pretrain --out new --model.kv-lora-rank 0": "kv_lora_rank is 0: use",
+    "pretrain --out new --model.kv-lora-rank 0": "kv_lora_rank=0: use",
     "info --model.num-experts 4 --model.num-experts-per-tok 5": "num_experts_per_tok is 5: .* 4",
     "info --model.num-experts 8 --model.n-group 3": "n_group is 3: make it divide num_experts=8",
-    "pretrain --out new --model.sliding-window -4": "sliding_window is -4: use a number above 0",
+    "pretrain --out new --model.sliding-window -4": "sliding_window=-4: use a number above 0",
     "generate --run run --prompt cat --max-new-tokens 63": "ask for at most 6[0-9], or stretch the model",
     "generate --run incomplete": "incomplete .*model.norm.weight.* missing",
     "generate --run foreign": "model_type='bert': this reads llama",

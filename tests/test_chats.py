@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tinylm.checkpoints import save_model
 from tinylm.cli import main
 from tinylm.generate import generate_text
 from tinylm.hub import load, load_sampling, save
@@ -74,8 +75,8 @@ def write_model(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    model.save_pretrained(
-        folder, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    save_model(
+        model, folder, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
     )
     tokenizer.save_pretrained(folder)
 

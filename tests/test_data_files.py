@@ -22,6 +22,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from transformers import PreTrainedTokenizerFast
 
 from tinylm import data
+from tinylm.checkpoints import save_model
 from tinylm.cli import main
 from tinylm.corpus import Story, stories
 from tinylm.data import DataConfig, TokenFile, open_hub, prepare, read_splits, tokenise
@@ -45,7 +46,7 @@ def run(tmp_path_factory) -> Path:
     """A small model and its tokenizer."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
-    TinyLM(TINY).save_pretrained(folder)
+    save_model(TinyLM(TINY), folder)
     Tokenizer.train(TALES, 300).save_pretrained(folder)
     return folder
 

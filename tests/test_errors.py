@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tinylm import cli
+from tinylm.checkpoints import save_model
 from tinylm.cli import main
 from tinylm.data import DataConfig
 from tinylm.dpo import DPOConfig
@@ -27,7 +28,7 @@ def checkpoint(folder, **entries):
     """Write a small model and its tokenizer, with other entries in config.json."""
     torch.manual_seed(0)
     Tokenizer.train([WORDS] * 9, 300).save_pretrained(folder)
-    TinyLM(TINY).save_pretrained(folder)
+    save_model(TinyLM(TINY), folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 

@@ -13,7 +13,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tinylm.hub import load, load_model, save
+from tinylm.checkpoints import load_model, save_model
+from tinylm.hub import load, save
 from tinylm.lora import LoraConfig, add_lora, load_lora, save_lora
 from tinylm.model import ModelConfig, TinyLM
 from tinylm.sft import SFTConfig, open_base
@@ -321,7 +322,7 @@ def test_saved_files_speak_the_words_of_transformers_4(scaling, tokenizer, tmp_p
     )
     model = TinyLM(shape)
     save(model, tokenizer, tmp_path / "exported")
-    model.save_pretrained(tmp_path / "run")
+    save_model(model, tmp_path / "run")
     tokenizer.save_pretrained(tmp_path / "run")
     for name in ("exported", "run"):
         hf = json.loads((tmp_path / name / "config.json").read_text())

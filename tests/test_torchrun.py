@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinylm.model import TinyLM
+from tinylm.checkpoints import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = """
@@ -131,7 +131,7 @@ def test_fsdp_gives_the_losses_and_the_files_of_one_process(folder, alone):
         *run(folder, ("pretrain", "fsdp", {"fsdp": True, "grad_accum_steps": 2}), processes=2),
         alone,
     )
-    weights = [TinyLM.from_pretrained(folder / name).state_dict() for name in ("alone", "fsdp")]
+    weights = [load_model(folder / name).state_dict() for name in ("alone", "fsdp")]
     torch.testing.assert_close(*weights, rtol=0, atol=0.03)  # Muon's directions are rough
     paths = [
         folder / name / "checkpoints" / "step-000015" / "trainer.pt" for name in ("alone", "fsdp")
@@ -167,7 +167,7 @@ def test_later_stages_give_the_losses_of_one_process(folder):
     for expected, rows in zip(run(folder, *one), run(folder, *two, processes=2), strict=True):
         close(rows, expected)
     for (_, name, how), (_, other, _) in zip(one, two, strict=True):
-        weights = [TinyLM.from_pretrained(folder / path).state_dict() for path in (name, other)]
+        weights = [load_model(folder / path).state_dict() for path in (name, other)]
         torch.testing.assert_close(
             *weights, rtol=0, atol=0.01, msg=lambda text, how=how: f"{how}: {text}"
         )

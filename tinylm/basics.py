@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['FieldError', 'check_fields', 'nearest', 'first_line', 'one_line_errors', 'flush_to_disk', 'write_folder',
-           'read_metrics']
+           'draft_folder', 'write_errors', 'read_metrics']
 
 # %% ../nbs/09_basics.ipynb #41be0551
 import difflib
 import json
 import os
 import shutil
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 # %% ../nbs/09_basics.ipynb #d16532c8
 class FieldError(ValueError):
@@ -39,9 +42,8 @@ class FieldError(ValueError):
 # %% ../nbs/09_basics.ipynb #2b2cf04a
 def check_fields(
     config: object,  # any object with attributes
-    rules: dict[
-        str, tuple[object, str]
-    ],  # for each field: whether its value is valid (or truthy), what is right
+    # for each field: whether its value is valid (or truthy), what is right
+    rules: dict[str, tuple[object, str]],
 ) -> None:
     """Raise a `FieldError` for the first field whose value is not valid."""
     for name, (valid, remedy) in rules.items():
@@ -109,6 +111,43 @@ def write_folder(
     # Put it in place.
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(draft, folder)
+
+# %% ../nbs/09_basics.ipynb #0161967a
+@contextmanager
+def draft_folder(parent: Path) -> Iterator[Path]:
+    """Make a hidden folder to fill before it, or what is in it, gets its name; it is removed afterwards.
+
+    A killed process cannot clean up. So each draft holds a lock, which the system frees however its
+    process stops, and drafts without one are removed here, by the next process that writes to `parent`.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for litter in parent.glob(".writing-*"):
+        with suppress(Timeout, OSError), FileLock(litter / ".lock", timeout=0):
+            shutil.rmtree(litter)
+
+    # Locked before it gets the name by which others look for it.
+    unlocked = Path(tempfile.mkdtemp(dir=parent, prefix=".new-"))
+    with FileLock(unlocked / ".lock", timeout=0):
+        place = unlocked.rename(parent / unlocked.name.replace(".new-", ".writing-"))
+        try:
+            (place / "new").mkdir()
+            yield place / "new"
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def write_errors(
+    folder: Path,  # what is being written
+    remedy: str,  # what to do about it
+) -> Iterator[None]:
+    """Turn whatever stops the writing of a folder, such as a full disk, into one line."""
+    try:
+        yield
+    except ValueError:  # has its line already
+        raise
+    except Exception as error:  # safetensors and tokenizers have kinds of their own
+        raise ValueError(f"{folder} cannot be written ({first_line(error)}); {remedy}") from error
 
 # %% ../nbs/09_basics.ipynb #ad615f35
 def read_metrics(run: Path) -> list[dict]:

@@ -626,8 +626,8 @@ def read_defaults(argv: list[str], kind: Any = None) -> tuple[Any, list[str]]:
 
 def run_pretrain(argv: list[str]) -> None:
     """Train a model, and measure it; --recipe NAME or FILE.yaml gives the defaults."""
+    from tinylm.cost import flops_per_token
     from tinylm.evaluate import evaluate
-    from tinylm.model import flops_per_token
     from tinylm.pretrain import measure_matmul_peak, pretrain
 
     config = parse_flags(*read_defaults(argv), run_pretrain)
@@ -686,10 +686,10 @@ def run_generate(argv: list[str]) -> None:
 
 def run_evaluate(argv: list[str]) -> None:
     """Measure models: tinylm evaluate [RUN ...]; loss, distance to the floor, questions in stories and as chats."""
+    from tinylm.cost import check_memory
     from tinylm.data import DataConfig, prepare_validation
     from tinylm.evaluate import compare, evaluate, write_reports
     from tinylm.generate import check_vocabulary
-    from tinylm.model import check_memory
     from tinylm.pretrain import check_writable
 
     @dataclass
@@ -745,7 +745,7 @@ def run_evaluate(argv: list[str]) -> None:
 # %% ../nbs/64_cli.ipynb #04947249
 def describe(config: Any, seq_len: int) -> dict[str, dict[str, Any]]:
     """What follows from a ModelConfig, for rows of `seq_len` tokens: sections, each of names and values."""
-    from tinylm.model import cache_bytes, count_parameters, flops_by_part
+    from tinylm.cost import cache_bytes, count_parameters, flops_by_part
 
     config = config.resolved()
     flops = flops_by_part(config, seq_len)

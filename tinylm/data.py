@@ -32,8 +32,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .basics import draft_folder
 from .corpus import Story, stories
-from .model import draft_folder
 from .tokenizer import Tokenizer, looks_like_path
 
 # %% ../nbs/31_data.ipynb #95046cdb

@@ -25,9 +25,9 @@ from time import perf_counter
 from typing import Any
 
 from .cli import build, note, parse_flags, read_recipe, recipe_values, take_flag
+from .cost import flops_per_token
 from .data import prepare
 from .evaluate import T95, aligned
-from .model import flops_per_token
 from tinylm.pretrain import (
     PretrainConfig,
     Trainer,

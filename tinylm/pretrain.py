@@ -41,23 +41,18 @@ import torch.distributed as dist
 import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_model
+from safetensors.torch import load_model as load_weights
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
+from .basics import write_errors
+from .checkpoints import save_model
+from .cost import check_memory
 from .data import Batches, DataConfig, Prepared, prepare
 from .generate import SamplingConfig, encode_prompt, evaluation_mode, generate_text
-from tinylm.model import (
-    IGNORE_INDEX,
-    ModelConfig,
-    TinyLM,
-    check_memory,
-    count_tokens,
-    shift_labels,
-    write_errors,
-)
+from .model import IGNORE_INDEX, ModelConfig, TinyLM, count_tokens, shift_labels
 from .moe import update_router_biases
 
 # %% ../nbs/43_pretrain.ipynb #c6babe36
@@ -589,15 +584,13 @@ class Checkpointed(Engine):
     def save_model(self, folder: Path) -> None:
         """Write model and tokenizer; another stage may override this, together with `load_model`."""
         names = ("bos_token_id", "eos_token_id", "pad_token_id") if self.tokenizer else ()
-        self.model.save_pretrained(
-            folder, **{name: getattr(self.tokenizer, name) for name in names}
-        )
+        save_model(self.model, folder, **{name: getattr(self.tokenizer, name) for name in names})
         if self.tokenizer:
             self.tokenizer.save_pretrained(folder)
 
     def load_model(self, folder: Path) -> None:
         """Read what `save_model` wrote."""
-        load_model(self.model, folder / "model.safetensors")
+        load_weights(self.model, folder / "model.safetensors")
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint, and remove the oldest."""

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .checkpoints import load_model
 from .corpus import Story, stories
 from .data import Batches, DataConfig, read_splits
 from .evaluate import ASKED
@@ -265,7 +266,7 @@ def open_base(config: Any) -> tuple[TinyLM, Tokenizer]:
         alone or "holds no trained model; give the folder of a finished run, or of a checkpoint"
     )
     check(config, {"run": (run.is_file() or (run / "config.json").exists(), missing)})
-    model, tokenizer = TinyLM.from_pretrained(run), Tokenizer.from_pretrained(run)
+    model, tokenizer = load_model(run), Tokenizer.from_pretrained(run)
     check_vocabulary(model, tokenizer, f"run={config.run!r}: its tokenizer")
     if config.chatml:
         tokenizer.hf_tokenizer.chat_template = chatml_template(tokenizer)
