@@ -50,7 +50,8 @@ def _count_layers(config: ModelConfig) -> tuple[int, int]:
 def _find_weights(config: ModelConfig, block: type[Block]) -> Iterator[WeightKind]:
     """Give the kinds of weights of a model, which is built without memory of its own.
 
-    Layers of a kind are alike, so that one of each kind is enough; a block of one's own may differ in each layer.
+    Layers of a kind are alike, so that one of each kind is enough; a block of one's own may
+    differ in each layer.
     """
     small = config
     copies = [1] * config.num_hidden_layers
@@ -86,9 +87,10 @@ def count_parameters(
     config: ModelConfig,  # of the model
     block: type[Block] = Block,  # what its layers are made of
 ) -> dict[str, int]:
-    """Count parameters by component; "total", "active" in one token, "non_embedding" without the vocabulary tables.
+    """Count parameters by component.
 
-    "other" is there if a block has parameters with names of its own.
+    Besides: "total"; "active" in one token; "non_embedding", without the vocabulary tables; and
+    "other" if a block has parameters with names of its own.
     """
     counts = dict.fromkeys(PARTS.values(), 0)
     active = 0.0
@@ -102,7 +104,7 @@ def count_parameters(
 
 # %% ../nbs/16_cost.ipynb #14558558
 def keys_seen(config: ModelConfig, seq_len: int) -> int:
-    """Return the keys that a query is compared with in all layers together, without the causal mask.
+    """Return the keys that a query is compared with in all layers, without the causal mask.
 
     A layer with a window needs no more keys than the window has.
     """
@@ -117,7 +119,7 @@ def keys_seen(config: ModelConfig, seq_len: int) -> int:
 def flops_by_part(
     config: ModelConfig,  # of the model
     seq_len: int,  # length of the texts, in tokens
-    block: type[Block] = Block,  # what its layers are made of; its attention is taken for ours
+    block: type[Block] = Block,  # what its layers are made of, with an attention like ours
 ) -> dict[str, int]:  # forward FLOPs per token
     """Compute the work of each kind of matrix product (Kaplan et al. 2020, table 1)."""
     work = dict.fromkeys(PARTS.values(), 0.0)
@@ -157,7 +159,10 @@ def cache_bytes(
     length: int,  # of each, in tokens
     dtype: torch.dtype = torch.float32,  # of keys and values
 ) -> int:
-    """Compute the memory of the keys and values that generation has to keep: in a layer with a window, no more."""
+    """Compute the memory of the keys and values that generation has to keep.
+
+    A layer with a window keeps no more than that.
+    """
     stored = sum(heads * size for heads, size in config.cache_shapes())
     return batch_size * keys_seen(config, length) * stored * dtype.itemsize
 
@@ -172,7 +177,7 @@ _SIZES = (
 
 
 def machine_memory() -> int | None:
-    """Give the bytes of memory that this process can have at most; None where the system does not say."""
+    """Give the bytes of memory that this process can have; None where the system does not say."""
     limits = []
     with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -183,8 +188,7 @@ def machine_memory() -> int | None:
 
 def check_memory(
     config: ModelConfig,  # of the model that is to be built
-    # numbers kept for each parameter; 3 in training: weight, gradient and at least one average
-    copies: int = 1,  # 1 in use
+    copies: int = 1,  # numbers per parameter; in training 3: weight, gradient, an average
     rows: int = 0,  # texts that are read at the same time
     seq_len: int = 0,  # their length in tokens
     limit: int | None = None,  # bytes of memory; None: those of this machine
@@ -206,8 +210,8 @@ def check_memory(
         needs = f"{parameters:,} parameters need {model_bytes / 1e9:,.1f} GB of memory"
         raise ValueError(f"model: {needs}, {machine}; make one of these smaller: {shape}")
 
-    # A mask of (T, T) for each row, and one vector for each token and layer, which the backward pass
-    # reads again.
+    # A mask of (T, T) for each row, and one vector for each token and layer, which the backward
+    # pass reads again.
     layers = config.num_hidden_layers if copies > 1 else 1
     batch_bytes = rows * seq_len * (seq_len + 4 * config.hidden_size * layers)
     if model_bytes + batch_bytes > limit:

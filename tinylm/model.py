@@ -25,7 +25,7 @@ from .rope import precompute_rope
 # %% ../nbs/15_model.ipynb #4628c698
 @dataclass(frozen=True)
 class OptionalParts:
-    """Sizes of latent attention, used if `kv_lora_rank` is given, and of experts, used if `num_experts` is."""
+    """Sizes of latent attention (if `kv_lora_rank` is given) and experts (if `num_experts` is)."""
 
     # size of the latent that stands for keys and values; None: no latent attention
     kv_lora_rank: int | None = None
@@ -64,7 +64,10 @@ LAYER_TYPES = ("full_attention", "sliding_attention")  # a layer sees all positi
 
 @dataclass(frozen=True)
 class ModelConfig(OptionalParts):
-    """Everything that defines a model; names as in `config.json`. Sizes that are None follow from the others."""
+    """Everything that defines a model; names as in `config.json`.
+
+    Sizes that are None follow from the others.
+    """
 
     vocab_size: int = 512  # V, rows of the embedding table
     hidden_size: int = 128  # D, width of the residual stream
@@ -125,6 +128,8 @@ class ModelConfig(OptionalParts):
         """Check what one layer is made of."""
         D = self.hidden_size
         H = self.num_attention_heads
+
+        # Of two sizes that do not fit each other, blame the one that the user has chosen.
         if self.head_dim is None and D % H:
             if self._first_set("num_attention_heads", "hidden_size") == "hidden_size":
                 raise FieldError("hidden_size", D, f"make it a multiple of num_attention_heads={H}")
@@ -147,6 +152,7 @@ class ModelConfig(OptionalParts):
 
     def _check_layers(self) -> None:
         """Check what says something about single layers."""
+        # Layers are counted from 0, and a list of their types has one for each.
         L = self.num_hidden_layers
         numbers = f"there are layers 0 to {L - 1}"
         kinds = " or ".join(LAYER_TYPES)
@@ -169,9 +175,11 @@ class ModelConfig(OptionalParts):
         check_fields(self, rules)
 
     def _check_rotation(self) -> None:
-        """Check the part of a head that is rotated; without rotation a head may have an odd size."""
-        if self.learned_positions:
+        """Check the part of a head that is rotated."""
+        if self.learned_positions:  # nothing is rotated: a head may have an odd size
             return
+
+        # Dimensions rotate in pairs; blame the size that the user has chosen.
         size = self.rotated_size()
         rotated = int(size * self.partial_rotary_factor)
         if rotated % 2 or not 2 <= rotated <= size:
@@ -199,7 +207,7 @@ class ModelConfig(OptionalParts):
         return theta, own if is_scaled else None
 
     def rope_tables(self, length: int, layer_type: str = LAYER_TYPES[0]) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of notebook 10 for the part of a head that is rotated, each (length, rotary_dim)."""
+        """Return cos and sin of notebook 10, each (length, rotary_dim)."""
         theta, scaling = self.rope_settings(layer_type)
         size = self.rotated_size()
         return precompute_rope(size, length, theta, scaling, self.partial_rotary_factor)
@@ -211,7 +219,7 @@ class ModelConfig(OptionalParts):
         return "sliding_attention" if self.sliding_window else "full_attention"
 
     def window_of(self, layer_idx: int) -> int | None:
-        """Return the number of positions that a token sees in a layer, itself included; None: all."""
+        """Return how many positions a token sees in a layer, itself included; None: all."""
         return self.sliding_window if self.layer_type(layer_idx) == "sliding_attention" else None
 
     def has_experts(self, layer_idx: int) -> bool:
@@ -220,15 +228,18 @@ class ModelConfig(OptionalParts):
         return self.num_experts is not None and not is_dense
 
     def cache_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return (heads, size) of what a layer keeps of a position: keys and values, or latent and shared key."""
+        """Return (heads, size) of what a layer keeps of a position.
+
+        Keys and values, or the latent and the shared key of latent attention.
+        """
         sizes = self.derived()
         if self.kv_lora_rank:
             return (1, self.kv_lora_rank), (1, sizes["qk_rope_head_dim"])
         shape = (sizes["num_key_value_heads"], sizes["head_dim"])
         return shape, shape
 
-    def derived(self) -> dict[str, int]:
-        """Return the sizes that may be None, of the parts that there are: as given, or as they follow."""
+    def derived(self) -> dict:
+        """Return the sizes that may be None, as given, or as they follow; of the parts in use."""
         H = self.num_attention_heads
         sizes = {
             "num_key_value_heads": self.num_key_value_heads or H,
@@ -253,7 +264,10 @@ class ModelConfig(OptionalParts):
 
 # %% ../nbs/15_model.ipynb #d8c0d406
 class Block(nn.Module):
-    """Attention between positions, then a feed-forward on each: both read a normalized copy and add to `x`."""
+    """Attention between positions, then a feed-forward on each.
+
+    Both read a normalized copy and add to `x`.
+    """
 
     def __init__(
         self,
@@ -269,7 +283,10 @@ class Block(nn.Module):
         self.mlp = self.make_mlp(config)
 
     def make_norm(self, config: ModelConfig) -> nn.Module:
-        """Make a norm: override for another; the last layer's also makes the norm of the model's output."""
+        """Make a norm: override for another.
+
+        The last layer's also makes the norm of the model's output.
+        """
         norm = nn.LayerNorm if config.layer_norm else RMSNorm
         return norm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -277,7 +294,9 @@ class Block(nn.Module):
         """Make the attention: override for another."""
         config = config.resolved()
         if config.kv_lora_rank:
-            return self._make_latent_attention(config)
+            return self._make_latent_attention(config, config.kv_lora_rank)
+
+        # Heads that share keys and values.
         return Attention(
             hidden_size=config.hidden_size,
             num_attention_heads=config.num_attention_heads,
@@ -291,8 +310,9 @@ class Block(nn.Module):
             rms_norm_eps=config.rms_norm_eps,
         )
 
-    def _make_latent_attention(self, config: ModelConfig) -> nn.Module:
-        """Make DeepSeek's attention; its YaRN multiplies all attention logits by a factor."""
+    def _make_latent_attention(self, config: ModelConfig, kv_lora_rank: int) -> nn.Module:
+        """Make DeepSeek's attention."""
+        # Its YaRN multiplies all attention logits by a factor.
         _, scaling = config.rope_settings(config.layer_type(self.layer_idx))
         scaling = scaling or {}
         mscale = scaling.get("mscale_all_dim") or 0  # a file may say null
@@ -301,7 +321,7 @@ class Block(nn.Module):
         return MLAttention(
             hidden_size=config.hidden_size,
             num_attention_heads=config.num_attention_heads,
-            kv_lora_rank=config.kv_lora_rank,
+            kv_lora_rank=kv_lora_rank,
             q_lora_rank=config.q_lora_rank,
             qk_nope_head_dim=sizes["qk_nope_head_dim"],
             qk_rope_head_dim=sizes["qk_rope_head_dim"],
@@ -345,16 +365,23 @@ def block_name(block: type[Block]) -> str:
 
 
 def name_block(config: ModelConfig, block: type[Block]) -> ModelConfig:
-    """Return the resolved config with the name of its block; a FieldError if it names one that is not given."""
+    """Return the resolved config with the name of its block.
+
+    A FieldError if it names one that is not given.
+    """
     if config.block and block is Block:
         name = config.block.rpartition(":")[2]
-        how = f"block={name} in Python, --model.block {config.block} on the command line"
-        raise FieldError("block", config.block, f"the model has a block of its own, give it: {how}")
+        remedy = "the model has a block of its own, give it: "
+        remedy += f"block={name} in Python, --model.block {config.block} on the command line"
+        raise FieldError("block", config.block, remedy)
     return replace(config.resolved(), block=block_name(block))
 
 # %% ../nbs/15_model.ipynb #e10f19e6
 def find_tokens(document_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-    """Tell tokens from padding: a (B, T) mask, or None if all are tokens. Experts are balanced over tokens only."""
+    """Tell tokens from padding: a (B, T) mask, or None if all are tokens.
+
+    Experts are balanced over tokens only.
+    """
     return attention_mask if document_ids is None else document_ids >= 0
 
 
@@ -370,7 +397,7 @@ def count_tokens(
 
 
 class Decoder(nn.Module):
-    """Token ids to vectors: embedding, blocks, final norm. The `model` of every Llama checkpoint."""
+    """Token ids to vectors: embedding, blocks, norm. The `model` of every Llama checkpoint."""
 
     # cos and sin of notebook 10, (2, max_position_embeddings, rotary_dim)
     rope: Tensor
@@ -450,7 +477,10 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def _rope_at(self, positions: slice | Tensor, layer_type: str) -> Tensor | None:
-        """Return cos and sin at some positions for layers of a type; None where positions are learned."""
+        """Return cos and sin at some positions for layers of a type.
+
+        None where positions are learned.
+        """
         if self.embed_positions is not None:
             return None
         has_own = layer_type == "sliding_attention" and self.config.rope_parameters
@@ -462,12 +492,13 @@ IGNORE_INDEX = -100  # a label that is not predicted, as in PyTorch and Hugging 
 
 
 def shift_labels(labels: Tensor) -> Tensor:
-    """Turn (B, T) labels, aligned with the inputs, into targets: position t predicts label t + 1, the last nothing."""
+    """Turn (B, T) labels into targets: position t predicts label t + 1, the last nothing."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 # %% ../nbs/15_model.ipynb #49133750
 def _chunks(rows: int | None, weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Give some rows at a time; None: 16 MB of logits, but enough rows that adding up W's gradient costs little."""
+    """Give some rows of all tensors at a time."""
+    # 16 MB of logits, but enough rows that adding up the gradient of W costs little.
     rows = rows or max(1024, 2**22 // len(weight))
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
@@ -491,7 +522,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Summed loss, with both gradients made on the way: (N, V) logits never exist at once."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, rows, dtype):
+    def forward(
+        ctx,  # what PyTorch keeps for the backward pass
+        x,  # (N, D) vectors
+        weight,  # (V, D) vocabulary table
+        targets,  # (N,) token ids, -100: nothing is predicted
+        rows,  # at a time; None: chosen by size
+        dtype,  # in which the products are computed
+    ):
         exact = torch.promote_types(dtype, torch.float32)
         loss = torch.zeros((), dtype=exact, device=x.device)
         w = weight.to(dtype)
@@ -538,7 +576,7 @@ def linear_cross_entropy(
 
 # %% ../nbs/15_model.ipynb #098f36d6
 class TinyLM(nn.Module):
-    """A decoder with a language-modeling head; parameters are named as in Hugging Face's Llama and Qwen3."""
+    """A decoder with a language-modeling head; parameters are named as in Llama and Qwen3."""
 
     def __init__(
         self,
@@ -561,7 +599,7 @@ class TinyLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def init_weights(self, module: nn.Module) -> None:
-        """Draw normal matrices, also those of experts, and set biases to 0; norms start as they are."""
+        """Draw normal matrices, also those of experts, and set biases to 0."""
         std = self.config.initializer_range
         if isinstance(module, nn.Embedding) and self.config.embedding_range:
             std = self.config.embedding_range
@@ -577,8 +615,7 @@ class TinyLM(nn.Module):
         labels: Tensor | None = None,  # (B, T) unshifted, -100: not predicted; None: logits wanted
         position_ids: Tensor | None = None,  # (B, T) positions; None: counted
         document_ids: Tensor | None = None,  # (B, T) a token sees its own document only
-        # (B, S) 1 = token, 0 = padding, also of what is in the cache
-        attention_mask: Tensor | None = None,  # None: no padding
+        attention_mask: Tensor | None = None,  # (B, S) 1 = token, 0 = padding
         cache=None,  # a KVCache, which remembers what was read before
         logits_to_keep: int = 0,  # number of last positions that need logits; 0: all
     ) -> Tensor:  # (B, T, V) logits, or the mean loss over the targets
@@ -603,19 +640,18 @@ class TinyLM(nn.Module):
         self,
         input_ids: Tensor,  # (B, T) token ids
         labels: Tensor,  # (B, T) unshifted, -100: not predicted
-        # of the whole step, if this batch is a part of one
-        targets_per_token: Tensor | None = None,  # None: of this batch
+        targets_per_token: Tensor | None = None,  # of the whole step; None: of this batch
         **inputs: Tensor | None,  # as in `forward`
     ) -> tuple[Tensor, Tensor]:  # the summed loss in nats, the number of targets
-        """Compute the loss as a sum and a count; in training with the losses that balance experts."""
+        """Compute the loss as a sum and a count; in training with what balances experts."""
         x = self.model(input_ids, **inputs).flatten(0, 1)
         targets = shift_labels(labels).flatten()
         total = linear_cross_entropy(x, self.lm_head.weight, targets)
         count = (targets != IGNORE_INDEX).sum()
 
-        # The mean loss of a step shall hold the balancing losses once. They are means over tokens, so
-        # a part of the step counts by its tokens, and the factor turns tokens into the targets that
-        # the sum is divided by.
+        # The mean loss of a step shall hold the balancing losses once. They are means over tokens,
+        # so a part of the step counts by its tokens, and the factor turns tokens into the targets
+        # that the sum is divided by.
         config = self.config
         if config.num_experts and self.training:
             weight = count
