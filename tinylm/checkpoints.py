@@ -72,7 +72,8 @@ class Family:
     read: Callable[[TheirConfig], dict] = read_nothing
     # and entries of theirs, from our config
     write: Callable[[ModelConfig], dict] = write_nothing
-    layer_types: bool = False  # whether its models read the list of that name
+    layer_types: bool = False  # whether its config has the list of that name
+    mixed_layers: bool = False  # whether its models follow the list where layers are different
     layout: Layout = field(default_factory=Layout)  # where its tensors lie
     same_file: bool = False  # whether its file has our names and tensors, one by one
 
@@ -160,18 +161,21 @@ FAMILIES = {
         fixed={"qk_norm": True},
         write=write_window,
         layer_types=True,
+        mixed_layers=True,
         same_file=True,
     ),
     "qwen2": Family(
         fixed={"attention_bias": True, "attention_out_bias": False},
         write=write_window,
         layer_types=True,
+        mixed_layers=True,
     ),
     "smollm3": Family(
         computed={"use_sliding_window": False},
         read=_read_rotated,
         write=_write_rotated,
         layer_types=True,
+        mixed_layers=True,
     ),
     "gpt2": Family(
         fixed={
@@ -276,6 +280,11 @@ def _read_window(theirs: TheirConfig, family: Family) -> dict:
     if "sliding_attention" in kinds and not window:
         raise FieldError("sliding_window", window, "layer_types asks for a number")
 
+    # Mistral has the list, and transformers does not follow it.
+    if len(kinds) > 1 and not family.mixed_layers:
+        remedy = "all layers must have full_attention, or all sliding_attention"
+        raise FieldError("layer_types", layer_types, remedy)
+
     # Where all layers are alike, the window alone says it.
     if kinds == {"full_attention"}:
         return {"sliding_window": None}
@@ -343,7 +352,7 @@ def _write_family(config: ModelConfig, model_type: str) -> dict:
         if "type" in rope:
             rope["rope_type"] = rope.pop("type")
         hf["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta, **rope}
-    if config.layer_types and family.layer_types:
+    if config.layer_types and family.mixed_layers:
         hf["layer_types"] = list(config.layer_types)
 
     # Which tokens are special is said by the tokenizer, not by the defaults of a family.
