@@ -103,17 +103,21 @@ def count_parameters(
     return {**counts, "total": total, "active": round(active), "non_embedding": rest}
 
 # %% ../nbs/16_cost.ipynb #14558558
+def _count_windows(config: ModelConfig) -> int:
+    """Return the number of layers that see a window only."""
+    if config.layer_types:
+        return config.layer_types.count("sliding_attention")
+    return config.num_hidden_layers if config.sliding_window else 0
+
+
 def keys_seen(config: ModelConfig, seq_len: int) -> int:
     """Return the keys that a query is compared with in all layers, without the causal mask.
 
     A layer with a window needs no more keys than the window has.
     """
-    num_layers = config.num_hidden_layers
-    windowed = config.layer_types.count("sliding_attention")
-    if config.sliding_window and not config.layer_types:
-        windowed = num_layers
+    windowed = _count_windows(config)
     window = min(seq_len, config.sliding_window or seq_len)
-    return windowed * window + (num_layers - windowed) * seq_len
+    return windowed * window + (config.num_hidden_layers - windowed) * seq_len
 
 
 def flops_by_part(
@@ -158,13 +162,17 @@ def cache_bytes(
     batch_size: int,  # texts at a time
     length: int,  # of each, in tokens
     dtype: torch.dtype = torch.float32,  # of keys and values
+    spare: int = 16,  # positions that a layer with a window can take back, as in `SlidingCache`
 ) -> int:
-    """Compute the memory of the keys and values that generation has to keep.
+    """Compute the memory of the keys and values that generation keeps.
 
-    A layer with a window keeps no more than that.
+    A layer with a window keeps that and a few positions to spare.
     """
+    windowed = _count_windows(config)
+    slots = min(length, (config.sliding_window or length) - 1 + spare)
+    positions = windowed * slots + (config.num_hidden_layers - windowed) * length
     stored = sum(heads * size for heads, size in config.cache_shapes())
-    return batch_size * keys_seen(config, length) * stored * dtype.itemsize
+    return batch_size * positions * stored * dtype.itemsize
 
 # %% ../nbs/16_cost.ipynb #20f02148
 _SIZES = (
