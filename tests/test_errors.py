@@ -134,7 +134,7 @@ FLAGS = {  # a command: what its line says
     "pretrain --train.batch-size 1000000000": "make data.seq_len or train.batch_size smaller",
     "pretrain --train.learning-rate inf": "train.learning_rate=inf: give a finite number",
     "pretrain --train.seed 99999999999999999999": "at most 64 bits",
-    "pretrain --model.rms-norm-eps nan": "rms_norm_eps is nan: use a finite number",
+    "pretrain --model.rms-norm-eps nan": "rms_norm_eps=nan: use a finite number",
     "evaluate run --data.seq-len 100000": "data.seq_len=100000 is above max_position_embeddings=128 of run",
     "generate --run run --seed 99999999999999999999": "at most 64 bits",
     "dpo --run run --beta inf": "beta=inf: give a finite number",
