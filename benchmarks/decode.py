@@ -19,7 +19,8 @@ import tyro
 from common import SHAPES, Shape, compare, make_pair, report, take_turns
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from tinylm.generate import SamplingConfig, generate, packed
+from tinylm.decoding import packed
+from tinylm.generate import SamplingConfig, generate
 from tinylm.model import ModelConfig, TinyLM
 
 

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tinylm.cli import main
+from tinylm.decoding import beam_search, speculative_generate
 from tinylm.dpo import DPOConfig
-from tinylm.generate import SamplingConfig, beam_search, generate, speculative_generate, stream
+from tinylm.generate import SamplingConfig, generate, stream
 from tinylm.hub import load
 from tinylm.lora import LoraConfig, add_lora, load_lora, save_lora
 from tinylm.model import ModelConfig, TinyLM

@@ -13,7 +13,7 @@ IMAGES = Path(__file__).resolve().parent.parent / "nbs" / "images"
 GROUPS = [
     ("0 start", ["01 tokenizer", "09 basics"]),
     ("1 the model", ["10 rope", "11 attention", "13 feedforward", "14 moe", "15 model", "17 lora"]),
-    ("2 generation", ["20 kv_cache", "21 generate"]),
+    ("2 generation", ["20 kv_cache", "21 generate", "22 decoding"]),
     ("3 data", ["30 corpus", "31 data"]),
     ("4 pretraining", ["43 pretrain", "44 evaluate"]),
     ("5 tuning", ["51 sft", "52 dpo"]),
