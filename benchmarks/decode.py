@@ -5,7 +5,7 @@
     python benchmarks/decode.py --out decode.json          also write the figures
 
 They take turns in one process, and every token must be the same. "packed" is this library with its weights laid out for
-few rows (`tinylm.generate.packed`, float32 on a CPU). "limit" is how often the weights can be read from memory.
+few rows (`tinylm.decoding.packed`, float32 on a CPU). "limit" is how often the weights can be read from memory.
 """
 
 import copy

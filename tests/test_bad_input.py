@@ -131,9 +131,9 @@ def draft():
 
 LONG = "shorten the prompt, ask for at most 4, or stretch the model"
 CALLS = {  # what is called: what its message says
-    "lora 0": (lambda: add_lora(build(), LoraConfig(r=0)), "r is 0: .*use 1"),
-    "lora -1": (lambda: LoraConfig(r=-1), "r is -1: use"),
-    "lora 99": (lambda: add_lora(build(), LoraConfig(r=99)), "r is 99: .*, use .*32"),
+    "lora 0": (lambda: add_lora(build(), LoraConfig(r=0)), "r=0: .*use 1"),
+    "lora -1": (lambda: LoraConfig(r=-1), "r=-1: use"),
+    "lora 99": (lambda: add_lora(build(), LoraConfig(r=99)), "r=99: .*, use .*32"),
     "mla 0": (lambda: build(**LATENT, kv_lora_rank=0), "kv_lora_rank is 0: use"),
     "mla 99": (lambda: build(**LATENT, kv_lora_rank=99), "kv_lora_rank is 99: use 1 to 32"),
     "mla queries -1": (
@@ -201,8 +201,8 @@ SHORT = (
 )
 SFT, DPO = f"sft {SHORT} --run run --data.path", f"dpo {SHORT} --run run --data.path"
 COMMANDS = {
-    f"{SFT} good.jsonl --lora.r -1": "r is -1: use",
-    f"{SFT} good.jsonl --lora.r 99": "r is 99: .*, use .*32",
+    f"{SFT} good.jsonl --lora.r -1": "r=-1: use",
+    f"{SFT} good.jsonl --lora.r 99": "r=99: .*, use .*32",
     "pretrain --out new --model.kv-lora-rank 0": "kv_lora_rank is 0: use",
     "info --model.num-experts 4 --model.num-experts-per-tok 5": "num_experts_per_tok is 5: .* 4",
     "info --model.num-experts 8 --model.n-group 3": "n_group is 3: make it divide num_experts=8",
