@@ -192,7 +192,7 @@ CALLS = {  # what is called: what its message says
     ),
     "adapter, other base": (
         lambda: load_lora(build(), "adapter", base_model="dogs"),
-        "'dogs' but adapter is for 'cats'",
+        "base_model='dogs': adapter is for 'cats'",
     ),
     "beta": (lambda: DPOConfig(beta=-1.0), "beta=-1.0: give a number above 0"),
 }
