@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -125,13 +125,22 @@ class LoRA(nn.ModuleDict):
         super().__init__()
         self.active = ""  # name of the adapter that counts; "": none
 
-    def active_update(self) -> Any:  # a LoRAUpdate, or None
+    def active_update(self) -> LoRAUpdate | None:
         """Return the update that counts, if this weight has one of that name."""
-        return self[self.active] if self.active in self else None
+        if self.active not in self:
+            return None
+        return cast(LoRAUpdate, self[self.active])
 
     def forward(self, weight: Tensor) -> Tensor:
         update = self.active_update()
         return weight if update is None else update(weight)
+
+
+def _adapters_of(module: nn.Module, parameter: str) -> tuple[LoRA, Tensor]:
+    """Return the adapters of a parameter, and the parameter without them."""
+    adapted = module.get_submodule(f"parametrizations.{parameter}")
+    adapted = cast(parametrize.ParametrizationList, adapted)
+    return cast(LoRA, adapted[0]), adapted.original
 
 
 class LoRALinear(nn.Linear):
@@ -154,10 +163,9 @@ class LoRALinear(nn.Linear):
         return layer.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        adapted: Any = self.get_submodule("parametrizations.weight")
-        weight = adapted.original
+        lora, weight = _adapters_of(self, "weight")
         y = nn.functional.linear(x, weight, self.bias)
-        update = adapted[0].active_update()
+        update = lora.active_update()
         if update is None:
             return y
 
@@ -321,7 +329,7 @@ def add_lora(
         path, _, parameter = weight_name.rpartition(".")
         if not parametrize.is_parametrized(model.get_submodule(path), parameter):
             _attach(model, weight_name, LoRA())
-        lora: Any = model.get_submodule(f"{path}.parametrizations.{parameter}.0".removeprefix("."))
+        lora, _ = _adapters_of(model.get_submodule(path), parameter)
         lora[name] = update
     set_adapter(model, name)
     return list(updates)
@@ -341,6 +349,9 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
             lora.active = name
 
 # %% ../nbs/17_lora.ipynb #a4d23873
+_MERGED = "merged_lora"  # attribute of a model whose adapters are merged: a MergedWeight by name
+
+
 class MergedWeight(NamedTuple):
     """What it takes to undo the merging of one weight."""
 
@@ -353,21 +364,20 @@ def merge_lora(model: nn.Module) -> None:
     merged = {}
     for weight_name, lora in _adapted_weights(model).items():
         path, _, parameter = weight_name.rpartition(".")
-        module: Any = model.get_submodule(path)
-        base = module.parametrizations[parameter].original.detach()
-        merged[weight_name] = MergedWeight(lora, base)
+        module = model.get_submodule(path)
+        _, base = _adapters_of(module, parameter)
+        merged[weight_name] = MergedWeight(lora, base.detach())
 
         # The adapted weight stays, in memory of its own.
         parametrize.remove_parametrizations(module, parameter)
         if isinstance(module, LoRALinear):
             _replace_module(model, path, module.plain())
-    owner: Any = model
-    owner.merged_lora = merged  # for `unmerge_lora`
+    setattr(model, _MERGED, merged)
 
 
 def unmerge_lora(model: nn.Module) -> None:
     """Undo the last `merge_lora`: weights get their very bits back, adapters their places."""
-    merged: dict[str, MergedWeight] = getattr(model, "merged_lora", {})
+    merged: dict[str, MergedWeight] = getattr(model, _MERGED, {})
     if not merged or any(isinstance(module, LoRA) for module in model.modules()):
         remedy = "call merge_lora first, and neither add_lora nor load_lora after it"
         raise ValueError(f"nothing to unmerge: {remedy}")
@@ -376,16 +386,15 @@ def unmerge_lora(model: nn.Module) -> None:
         weight = model.get_parameter(weight_name)
         weight.data = base.to(weight)
         _attach(model, weight_name, lora.to(weight.device))
-    owner: Any = model
-    owner.merged_lora = {}
+    setattr(model, _MERGED, {})
 
 # %% ../nbs/17_lora.ipynb #3513e538
 _TENSORS_FILE = "adapter_model.safetensors"
 _CONFIG_FILE = "adapter_config.json"
 
 
-def _config_for_peft(model: nn.Module, updates: dict[str, LoRAUpdate]) -> dict[str, Any]:
-    """Write the entries of adapter_config.json so that `peft` finds the same weights.
+def _config_for_peft(model: nn.Module, updates: dict[str, LoRAUpdate]) -> dict[str, object]:
+    """Return the entries of adapter_config.json so that `peft` finds the same weights.
 
     A pattern could fit other names there (`c_proj` of GPT-2), so the adapted layers are listed.
     And where experts are packed, `peft` takes the names of an expert's matrices for these, also
@@ -425,10 +434,10 @@ def save_lora(
     base_model: str | None = None,  # name of the model that it is for
 ) -> None:
     """Write an adapter as `peft` does."""
-    updates: dict[str, Any] = {}
+    updates = {}
     for weight_name, lora in _adapted_weights(model, name).items():
         if name in lora:
-            updates[weight_name] = lora[name]
+            updates[weight_name] = cast(LoRAUpdate, lora[name])
 
     # The tensors go first: a folder with a config is whole.
     entries = _config_for_peft(model, updates)
@@ -457,7 +466,7 @@ _NOTES = (
 _USUAL = (("peft_type", "LORA"), ("bias", "none"), ("init_lora_weights", "gaussian"))
 
 
-def _read_config(file: dict[str, Any], folder: str | Path) -> LoraConfig:
+def _read_config(file: dict[str, object], folder: str | Path) -> LoraConfig:
     """Make a config of the entries of adapter_config.json; raise if it asks for something else."""
     # What is empty or usual says nothing; a lora_alpha of 0 says something wrong.
     entries: dict[str, Any] = {}
