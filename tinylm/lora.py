@@ -50,7 +50,7 @@ class LoraConfig:
         # A weight outside a linear layer has no inputs to drop, and `peft` has no variants for it.
         is_plain = not self.use_dora and not self.lora_dropout and self.init_lora_weights is True
         fits_parameters = is_plain or not self.target_parameters
-        rules = {
+        rules: dict[str, tuple[object, str]] = {
             "r": (self.r >= 0, "use 1 or more, or 0 for no adapter"),
             "lora_alpha": (self.lora_alpha > 0, "use a number above 0"),
             "lora_dropout": (0 <= self.lora_dropout < 1, "use 0 or more and less than 1"),
