@@ -180,7 +180,7 @@ def _check_draft(
         remedy = "use a draft of the same tokenizer, 1 prompt, 1 draft token or more"
         raise ValueError(f"{problem}, {len(prompts)} prompts: {remedy}")
 
-
+# %% ../nbs/22_decoding.ipynb #c05a20ce
 def speculative_steps(
     model: TinyLM,  # the target: texts have its distribution
     draft: TinyLM,  # a small model with the same vocabulary

@@ -187,7 +187,7 @@ def pad_prompts(
     pad = nn.utils.rnn.pad_sequence
     return pad(rows, batch_first=True, padding_value=-1, padding_side="left").long()
 
-
+# %% ../nbs/21_generate.ipynb #1b3b1cec
 def start(
     model: TinyLM,  # that is to go on
     prompts: Sequence | Tensor,  # B lists of token ids, or (B, S) ids
@@ -226,7 +226,7 @@ def start(
         cache = KVCache(config, *sizes, weight.dtype, weight.device)
     return text.to(weight.device), cache
 
-
+# %% ../nbs/21_generate.ipynb #eac17d95
 @torch.no_grad()
 def next_logits(
     model: TinyLM,  # in evaluation mode
@@ -253,7 +253,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         for module, training in modes.items():
             module.training = training
 
-# %% ../nbs/21_generate.ipynb #604300bb
+# %% ../nbs/21_generate.ipynb #9f4477eb
 EndTokens = int | Collection[int] | None  # ids of tokens that end a text; None: left to others
 
 
@@ -273,7 +273,7 @@ def choose_end_tokens(
         return {eos_token_id}
     return set(eos_token_id)
 
-
+# %% ../nbs/21_generate.ipynb #604300bb
 def generate_steps(
     model: TinyLM,  # that goes on
     prompts: Sequence | Tensor,  # B prompts of any lengths
@@ -362,7 +362,7 @@ def last_tokens(
             recent.append(int(token_id))
     return recent
 
-
+# %% ../nbs/21_generate.ipynb #4b89dc02
 class TextStream:
     """Turns tokens into pieces of text, each given out as soon as no later token can change it."""
 
@@ -447,7 +447,7 @@ def check_vocabulary(
         problem = f"{what} has {tokens} tokens, but the model has rows for {rows} (vocab_size)"
         raise ValueError(f"{problem}: use the tokenizer that the model was trained with")
 
-
+# %% ../nbs/21_generate.ipynb #59656548
 def stream(
     model: TinyLM,  # that goes on
     tokenizer: Tokenizer,  # of the model

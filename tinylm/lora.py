@@ -272,7 +272,7 @@ def _tensors_in_file(updates: dict[str, LoRAUpdate]) -> dict[str, nn.Parameter]:
             tensors[key] = tensor
     return tensors
 
-
+# %% ../nbs/17_lora.ipynb #a42a66c9
 def _replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     """Put another module into the place of the one with this path."""
     parent_path, _, name = path.rpartition(".")
@@ -288,7 +288,7 @@ def _attach(model: nn.Module, weight_name: str, lora: LoRA) -> None:
         _replace_module(model, path, module)
     parametrize.register_parametrization(module, parameter, lora)
 
-
+# %% ../nbs/17_lora.ipynb #6bcb69e2
 def _check_tensors(
     tensors: dict[str, Tensor],  # of a file
     expected: dict[str, nn.Parameter],  # of new updates
