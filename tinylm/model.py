@@ -30,9 +30,10 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from .attention import Attention, MLAttention
+from .attention import Attention
 from .attention import attention_mask as make_mask
 from .feedforward import MLP, RMSNorm, SwiGLU
+from .mla import MLAttention
 from .moe import MoE, Router, moe_losses
 from .rope import precompute_rope
 
