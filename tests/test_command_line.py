@@ -326,7 +326,7 @@ UNWRITABLE = [
 @pytest.mark.parametrize("command", UNWRITABLE)
 def test_unwritable_out_is_refused_at_once(command, run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        "tinylm.data.prepare", lambda *args, **more: pytest.fail("the text was read first")
+        "tinylm.token_cache.prepare", lambda *args, **more: pytest.fail("the text was read first")
     )
     (tmp_path / "file").write_text("")
     code, out, err = answer(capsys, f"{command.format(run=run)} --out file/runs/new")

@@ -21,12 +21,14 @@ import torch
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tinylm import data
+from tinylm import files, token_cache
 from tinylm.cli import main
 from tinylm.corpus import Story, stories
-from tinylm.data import DataConfig, TokenFile, open_hub, prepare, read_splits, tokenise
+from tinylm.data import TokenFile
+from tinylm.files import DataConfig, open_hub, read_splits
 from tinylm.model import ModelConfig, TinyLM
 from tinylm.sft import to_messages
+from tinylm.token_cache import prepare, tokenize
 from tinylm.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,7 +151,7 @@ def test_a_dataset_of_the_hub_is_not_turned_into_json(tmp_path, monkeypatch, str
 def test_a_broken_json_file_is_one_line(tmp_path, content, message):
     (tmp_path / "poems.json").write_text(content)
     with pytest.raises(ValueError, match=message) as error:
-        data.load_documents(DataConfig(path=str(tmp_path / "poems.json")))
+        files.load_documents(DataConfig(path=str(tmp_path / "poems.json")))
     assert "\n" not in str(error.value) and "poems.json" in str(error.value)
 
 
@@ -234,25 +236,27 @@ def test_a_long_document_is_encoded_in_pieces_and_its_bytes_are_counted(
     tmp_path, monkeypatch, kind
 ):
     text = "\n".join(TALES) * 3 + "é"
-    tokenizer = data.TOKENIZERS[kind](
+    tokenizer = token_cache.TOKENIZERS[kind](
         DataConfig(), lambda: iter([Story(text, np.nan)]), lambda: iter([])
     )
-    whole, sizes, bars = tokenizer.encode_document(text), [], []
+    whole = tokenizer.encode_document(text)
+    sizes = []
+    bars = []
     real = Tokenizer.encode_batch
 
     def encode_batch(self, texts):
         sizes.append(sum(map(len, texts)))
         return real(self, texts)
 
-    class Bar(data.tqdm):
+    class Bar(token_cache.tqdm):
         def close(self):
             bars.append((self.unit, self.n))
             super().close()
 
     monkeypatch.setattr(Tokenizer, "encode_batch", encode_batch)
-    monkeypatch.setattr(data, "GROUP", 100_000)
-    monkeypatch.setattr(data, "tqdm", Bar)
-    counts = tokenise(
+    monkeypatch.setattr(token_cache, "GROUP", 100_000)
+    monkeypatch.setattr(token_cache, "tqdm", Bar)
+    counts = tokenize(
         lambda: iter([Story("the cat", np.nan), Story(text, np.nan)]),
         tokenizer,
         tmp_path / "tokens",
@@ -318,7 +322,7 @@ except KeyboardInterrupt:
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Every attempt to reach a host is noted and fails, though no environment variable forbids it."""
+    """Every attempt to reach a host fails, though no environment variable forbids it."""
     asked = []
 
     def refuse(*args, **options):

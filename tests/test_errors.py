@@ -11,8 +11,8 @@ import torch
 
 from tinylm import cli
 from tinylm.cli import main
-from tinylm.data import DataConfig
 from tinylm.dpo import DPOConfig
+from tinylm.files import DataConfig
 from tinylm.model import ModelConfig, TinyLM
 from tinylm.pretrain import PretrainConfig, TrainConfig, save_config
 from tinylm.tokenizer import Tokenizer

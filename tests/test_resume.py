@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RUN = """
 import sys
-from tinylm.data import DataConfig
+from tinylm.files import DataConfig
 from tinylm.model import ModelConfig
 from tinylm.pretrain import PretrainConfig, TrainConfig, pretrain
 

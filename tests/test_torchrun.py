@@ -16,7 +16,7 @@ RUN = """
 import json, sys
 from functools import partial
 from pathlib import Path
-from tinylm.data import DataConfig
+from tinylm.files import DataConfig
 from tinylm.dpo import DPOConfig, dpo
 from tinylm.model import ModelConfig
 from tinylm.pretrain import PretrainConfig, TrainConfig, pretrain

@@ -583,7 +583,7 @@ def trained_from(run: Path) -> tuple[Path, dict] | None:
 
 def pretrained_by(run: Path) -> Any:
     """The recipe by which the model of a run was pretrained; for a checkpoint from elsewhere, the default."""
-    from tinylm.data import BUILDERS
+    from tinylm.files import BUILDERS
 
     found = trained_from(run)
     if found is None:
@@ -686,11 +686,12 @@ def run_generate(argv: list[str]) -> None:
 
 def run_evaluate(argv: list[str]) -> None:
     """Measure models: tinylm evaluate [RUN ...]; loss, distance to the floor, questions in stories and as chats."""
-    from tinylm.data import DataConfig, prepare_validation
     from tinylm.evaluate import compare, evaluate, write_reports
+    from tinylm.files import DataConfig
     from tinylm.generate import check_vocabulary
     from tinylm.model import check_memory
     from tinylm.pretrain import check_writable
+    from tinylm.token_cache import prepare_validation
 
     @dataclass
     class Flags:

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .corpus import Story
-from .data import DataConfig
+from .files import DataConfig
 from .generate import SamplingConfig, evaluation_mode, generate
 from .lora import disable_lora
 from .model import IGNORE_INDEX, TinyLM, shift_labels, token_losses

@@ -25,7 +25,6 @@ from time import perf_counter
 from typing import Any
 
 from .cli import build, note, parse_flags, read_recipe, recipe_values, take_flag
-from .data import prepare
 from .evaluate import T95, aligned
 from .model import flops_per_token
 from tinylm.pretrain import (
@@ -37,6 +36,7 @@ from tinylm.pretrain import (
     read_metrics,
     with_full_paths,
 )
+from .token_cache import prepare
 
 # %% ../nbs/62_experiments.ipynb #80ec89ee
 def interval(values: list[float], minus: list[float] | None = None) -> tuple[float, float]:

@@ -47,7 +47,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from .data import Batches, DataConfig, Prepared, prepare
+from .data import Batches
+from .files import DataConfig
 from .generate import SamplingConfig, encode_prompt, evaluation_mode, generate_text
 from tinylm.model import (
     IGNORE_INDEX,
@@ -59,6 +60,7 @@ from tinylm.model import (
     write_errors,
 )
 from .moe import update_router_biases
+from .token_cache import Prepared, prepare
 
 # %% ../nbs/43_pretrain.ipynb #c6babe36
 def muon_dtype(device: torch.device) -> torch.dtype:

@@ -23,8 +23,9 @@ import torch
 from tqdm import tqdm
 
 from .corpus import Story, stories
-from .data import Batches, DataConfig, read_splits
+from .data import Batches
 from .evaluate import ASKED
+from .files import DataConfig, read_splits
 from .generate import check_vocabulary
 from tinylm.lora import (
     LoRA,

@@ -12,9 +12,12 @@ IMAGES = Path(__file__).resolve().parent.parent / "nbs" / "images"
 # One line per group of stages: the group's name, then its notebooks. A new notebook is added here.
 GROUPS = [
     ("0 start", ["01 tokenizer", "09 basics"]),
-    ("1 the model", ["10 rope", "11 attention", "12 mla", "13 feedforward", "14 moe", "15 model", "17 lora"]),
+    (
+        "1 the model",
+        ["10 rope", "11 attention", "12 mla", "13 feedforward", "14 moe", "15 model", "17 lora"],
+    ),
     ("2 generation", ["20 kv_cache", "21 generate"]),
-    ("3 data", ["30 corpus", "31 data"]),
+    ("3 data", ["30 corpus", "31 data", "32 files", "33 token_cache"]),
     ("4 pretraining", ["43 pretrain", "44 evaluate"]),
     ("5 tuning", ["51 sft", "52 dpo"]),
     ("6 use, study", ["60 hub", "62 experiments", "64 cli", "70 proofs"]),
