@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tinylm.chat_template import Tokenizer
 from tinylm.cli import main
 from tinylm.dpo import DPOConfig
 from tinylm.generate import SamplingConfig, beam_search, generate, speculative_generate, stream
 from tinylm.hub import load
 from tinylm.lora import LoraConfig, add_lora, load_lora, save_lora
 from tinylm.model import ModelConfig, TinyLM
-from tinylm.tokenizer import Tokenizer
 
 TINY = replace(
     ModelConfig(), vocab_size=300, hidden_size=32, num_hidden_layers=1, max_position_embeddings=64

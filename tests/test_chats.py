@@ -19,12 +19,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tinylm.chat_template import Tokenizer
 from tinylm.cli import main
 from tinylm.generate import generate_text
 from tinylm.hub import load, load_sampling, save
 from tinylm.model import ModelConfig, TinyLM
 from tinylm.sft import ends
-from tinylm.tokenizer import CHATML_TEMPLATE, SPECIAL_TOKENS, Tokenizer
+from tinylm.tokenizer import CHATML_TEMPLATE, SPECIAL_TOKENS
 
 TEXT = [
     "birds sing in the old pear tree > all day. Who sings? Birds do. user assistant system\n"

@@ -186,8 +186,8 @@ def run(tmp_path_factory):
     """An untrained model with a tokenizer; greedily it never ends its answers."""
     import torch
 
+    from tinylm.chat_template import Tokenizer
     from tinylm.model import ModelConfig, TinyLM
-    from tinylm.tokenizer import Tokenizer
 
     folder = tmp_path_factory.mktemp("runs") / "small"
     torch.manual_seed(0)

@@ -22,6 +22,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from transformers import PreTrainedTokenizerFast
 
 from tinylm import files, token_cache
+from tinylm.chat_template import Tokenizer
 from tinylm.cli import main
 from tinylm.corpus import Story, stories
 from tinylm.data import TokenFile
@@ -29,7 +30,6 @@ from tinylm.files import DataConfig, open_hub, read_splits
 from tinylm.model import ModelConfig, TinyLM
 from tinylm.sft import to_messages
 from tinylm.token_cache import prepare, tokenize
-from tinylm.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = replace(
@@ -298,7 +298,7 @@ def test_ordinary_text_has_the_words_of_gpt2():
 def test_ctrl_c_ends_the_learning_of_a_tokenizer():
     code = """
 import random
-from tinylm.tokenizer import Tokenizer
+from tinylm.chat_template import Tokenizer
 text = "".join(random.Random(0).choices("acgt", k=5_000_000))
 print("begins", flush=True)
 try:

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from tinylm import cli
+from tinylm.chat_template import Tokenizer
 from tinylm.cli import main
 from tinylm.dpo import DPOConfig
 from tinylm.files import DataConfig
 from tinylm.model import ModelConfig, TinyLM
 from tinylm.pretrain import PretrainConfig, TrainConfig, save_config
-from tinylm.tokenizer import Tokenizer
 
 TINY = replace(
     ModelConfig(), vocab_size=300, hidden_size=32, num_hidden_layers=1, max_position_embeddings=128

@@ -13,11 +13,12 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tinylm.chat_template import Tokenizer
 from tinylm.hub import load, load_model, save
 from tinylm.lora import LoraConfig, add_lora, load_lora, save_lora
 from tinylm.model import ModelConfig, TinyLM
 from tinylm.sft import SFTConfig, open_base
-from tinylm.tokenizer import CHATML_TEMPLATE, Tokenizer
+from tinylm.tokenizer import CHATML_TEMPLATE
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -14,8 +14,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tinylm.chat_template import Tokenizer
 from tinylm.cli import main
-from tinylm.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--model.hidden-size 16 --model.num-hidden-layers 1 --model.num-attention-heads 1 --data.seq-len 48"

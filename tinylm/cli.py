@@ -840,7 +840,7 @@ class Chat:
         config: Any,  # a `SamplingConfig`
         system: str = "",  # what the model is told before
     ):
-        from tinylm.tokenizer import render_chat
+        from tinylm.chat_template import render_chat
 
         self.model, self.tokenizer = model, tokenizer
         self.messages = self.beginning = [{"role": "system", "content": system}] if system else []

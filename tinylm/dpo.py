@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from .chat_template import Tokenizer
 from .corpus import Story
 from .files import DataConfig
 from .generate import SamplingConfig, evaluation_mode, generate
@@ -44,7 +45,6 @@ from tinylm.sft import (
     story_chat,
     to_messages,
 )
-from .tokenizer import Tokenizer
 
 # %% ../nbs/52_dpo.ipynb #9d5b60da
 def answer_logps(model: TinyLM, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

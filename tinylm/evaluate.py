@@ -24,12 +24,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from .chat_template import Tokenizer
 from .corpus import Question, Story, make_corpus, token_kinds, token_nats
 from .data import Batches, TokenFile
 from .generate import SamplingConfig, encode_prompt, evaluation_mode, generate_text
 from .model import TinyLM
 from .token_cache import Prepared
-from .tokenizer import Tokenizer
 
 # %% ../nbs/44_evaluate.ipynb #af97a264
 def perplexity(loss: float) -> float:

@@ -23,8 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 from .basics import check_fields
+from .chat_template import Tokenizer
 from .corpus import Story, stories
-from .tokenizer import Tokenizer, looks_like_path
+from .tokenizer import looks_like_path
 
 # %% ../nbs/32_files.ipynb #f7aba3b3
 @dataclass

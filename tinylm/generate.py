@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .chat_template import Tokenizer
 from .kv_cache import KVCache, SlidingCache
 from .model import TinyLM
-from .tokenizer import Tokenizer
 
 # %% ../nbs/21_generate.ipynb #08cc8829
 def sample(logits: Tensor, uniform: Tensor) -> Tensor:

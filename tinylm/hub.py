@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .chat_template import Tokenizer
 from .generate import SamplingConfig
 from tinylm.model import (
     ALL_FAMILIES,
@@ -27,7 +28,6 @@ from tinylm.model import (
     their_tensors,
     write_errors,
 )
-from .tokenizer import Tokenizer
 
 # %% ../nbs/60_hub.ipynb #05b93c62
 def load_model(name: str | Path) -> TinyLM:

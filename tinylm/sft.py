@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .chat_template import GENERATION_MARK, Tokenizer, _check_messages, chatml_template
 from .corpus import Story, stories
 from .data import Batches
 from .evaluate import ASKED
@@ -47,13 +48,7 @@ from tinylm.pretrain import (
     run_stage,
     with_bar,
 )
-from tinylm.tokenizer import (
-    GENERATION_MARK,
-    Tokenizer,
-    _check_messages,
-    chatml_template,
-    save_end_tokens,
-)
+from .tokenizer import save_end_tokens
 
 # %% ../nbs/51_sft.ipynb #598835b8
 def turn(question: Any, answer: Any) -> list[dict]:

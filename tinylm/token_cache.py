@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from .chat_template import Tokenizer
 from .corpus import Story, stories
 from .data import TokenFile, new_folder, write_tokens
 from .files import BUILDERS, DataConfig, Documents, load_documents
-from .tokenizer import Tokenizer
 
 # %% ../nbs/33_token_cache.ipynb #77dcba6f
 BPE_CHARACTERS = 5_000_000  # characters that a BPE learns from; of more text it is hardly better

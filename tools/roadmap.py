@@ -11,7 +11,7 @@ IMAGES = Path(__file__).resolve().parent.parent / "nbs" / "images"
 
 # One line per group of stages: the group's name, then its notebooks. A new notebook is added here.
 GROUPS = [
-    ("0 start", ["01 tokenizer", "09 basics"]),
+    ("0 start", ["01 tokenizer", "02 chat_template", "09 basics"]),
     (
         "1 the model",
         ["10 rope", "11 attention", "12 mla", "13 feedforward", "14 moe", "15 model", "17 lora"],
