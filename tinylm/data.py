@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ class TokenSource(Protocol):
 
     ids: np.ndarray  # (tokens,) of all documents
     offsets: np.ndarray  # (documents + 1,): where each document begins, and the end
-    meta: dict[str, Any]  # has `pad_token_id`
+    meta: dict  # has `pad_token_id`
 
 
 class TokenFile:
@@ -41,7 +41,7 @@ class TokenFile:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.meta: dict[str, Any]
+        self.meta: dict
         self.offsets: np.ndarray  # (documents + 1,): where each document begins
         self.ids: np.ndarray  # (tokens,)
         try:

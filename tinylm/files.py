@@ -70,7 +70,7 @@ class DataConfig:
         check_fields(self, rules)
 
 # %% ../nbs/32_files.ipynb #733451db
-Documents = Callable[[], Iterator[Any]]  # each call reads them from the start, never all in memory
+Documents = Callable[[], Iterator]  # each call reads them from the start, never all in memory
 
 # The kind of a file by its suffix, see `READERS`.
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -133,7 +133,7 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def read_json(path: str) -> Iterator[Any]:
+def read_json(path: str) -> Iterator:
     """Yield the records of a JSON file: one a line, or one array, or a single one on many lines."""
     with open(path, encoding="utf-8-sig") as file:
         # The first line says which of the three it is.
@@ -167,7 +167,7 @@ def read_parquet(path: str) -> Iterator[dict]:
 
 
 # How a file of each kind is read.
-READERS: dict[str, Callable[[str], Iterator[Any]]] = {
+READERS: dict[str, Callable[[str], Iterator]] = {
     "text": read_text,
     "json": read_json,
     "parquet": read_parquet,
@@ -205,7 +205,7 @@ FILE_SUFFIXES = {
 }
 
 
-def open_splits(config: DataConfig) -> dict[str, Any]:
+def open_splits(config: DataConfig) -> dict:
     """Open the splits of local files, or else of a dataset of the hub."""
     path = Path(str(config.path)).expanduser()
     with path_errors(config.path):
@@ -218,7 +218,7 @@ def open_splits(config: DataConfig) -> dict[str, Any]:
         return open_hub(config)
 
 
-def open_hub(config: DataConfig) -> dict[str, Any]:
+def open_hub(config: DataConfig) -> dict:
     """Open the splits of a dataset of the hub, as `datasets` does."""
     import datasets
 
@@ -232,7 +232,7 @@ def open_hub(config: DataConfig) -> dict[str, Any]:
 
     # A column of strings and numbers must not become JSON in silence.
     name = str(config.path)
-    options: dict[str, Any] = {}
+    options: dict = {}
     builder = datasets.load_dataset_builder(name, config.name)
     if hasattr(builder.config, "on_mixed_types"):
         options["on_mixed_types"] = None
@@ -256,10 +256,10 @@ def convert_records(
     dataset: Any,  # a split, as `open_splits` gives it
     config: DataConfig,  # its path and its `max_documents`
     convert: Callable[[dict], Any],  # what a record becomes; None: it is left out
-) -> Iterator[Any]:
+) -> Iterator:
     """Convert each record of a split, in order; an error says which record it is about."""
 
-    def converted() -> Iterator[Any]:
+    def converted() -> Iterator:
         for name, number, record in _records(dataset, config):
             try:
                 document = convert(record)
@@ -287,10 +287,10 @@ def hold_out(documents: Documents, fraction: float) -> tuple[Documents, Document
     numbers = {1 + int(np.ceil(k / fraction - 1e-9)) for k in range(MOST_HELD_OUT)}
     last = max(numbers)
 
-    def rest() -> Iterator[Any]:
+    def rest() -> Iterator:
         return (document for i, document in enumerate(documents()) if i not in numbers)
 
-    def held_out() -> Iterator[Any]:
+    def held_out() -> Iterator:
         first_documents = enumerate(islice(documents(), last + 1))
         return (document for i, document in first_documents if i in numbers)
 

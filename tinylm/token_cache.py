@@ -18,7 +18,7 @@ from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -109,7 +109,7 @@ def tokenize(
     tokenizer: Tokenizer,  # encodes it
     folder: Path,  # of the new `TokenFile`
     mark: str = "",  # identifies the tokenizer
-) -> dict[str, Any]:  # documents, tokens, targets, bytes, nats, floor (nats a target, if known)
+) -> dict:  # documents, tokens, targets, bytes, nats, floor (nats a target, if known)
     """Encode documents into a `TokenFile`, and count them."""
     counts = _Counts()
     first = np.array([tokenizer.bos_token_id], np.uint32)
@@ -161,7 +161,7 @@ def _short_hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def cache_key(config: DataConfig) -> dict[str, Any]:
+def cache_key(config: DataConfig) -> dict:
     """Collect all that decides what the tokens are: code, local files, and fields of the config."""
     # The source code of the tokenizer, and of the stories where they are used.
     modules = [inspect.getfile(part) for part in Tokenizer.__mro__ if part is not object]
@@ -264,10 +264,10 @@ class Prepared(NamedTuple):
     tokenizer: Tokenizer
     train: TokenFile
     validation: TokenFile
-    meta: dict[str, Any]  # the key, and the counts of each part that `tokenize` returns
+    meta: dict  # the key, and the counts of each part that `tokenize` returns
 
 
-def cache_folder(config: DataConfig, validation_only: bool = False) -> tuple[Path, dict[str, Any]]:
+def cache_folder(config: DataConfig, validation_only: bool = False) -> tuple[Path, dict]:
     """Return where the tokens of a `cache_key` are kept, if they were made before, and that key."""
     root = config.cache_dir or os.environ.get("TINYLM_CACHE") or "~/.cache/tinylm"
     key = {**cache_key(config), "validation_only": validation_only}

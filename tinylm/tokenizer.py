@@ -446,7 +446,7 @@ def _open_tokenizer(name_or_folder: str | Path) -> Any:
         raise ValueError(f"{name} cannot be used: {needs_code}")
 
     # A GGUF file holds its tokenizer.
-    place: dict[str, Any] = {"pretrained_model_name_or_path": name_or_folder}
+    place: dict = {"pretrained_model_name_or_path": name_or_folder}
     if folder.is_file():
         place = {"pretrained_model_name_or_path": folder.parent, "gguf_file": folder.name}
 
