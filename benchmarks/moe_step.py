@@ -15,8 +15,8 @@ import tyro
 from common import LLAMA, report, take_turns
 from train_step import our_step, train_config
 
+from tinylm.engine import matmul_precision
 from tinylm.model import TinyLM, count_parameters
-from tinylm.pretrain import matmul_precision
 
 
 @dataclass

@@ -18,8 +18,16 @@ import tyro
 from common import SHAPES, Shape, compare, make_pair, report, take_turns
 from transformers import LlamaForCausalLM
 
+from tinylm.engine import (
+    PRECISIONS,
+    Engine,
+    keep_freed_memory,
+    matmul_precision,
+    measure_matmul_peak,
+    next_token_loss,
+)
 from tinylm.model import ModelConfig, TinyLM, flops_per_token
-from tinylm.pretrain import PRECISIONS, Engine, TrainConfig, matmul_precision, measure_matmul_peak
+from tinylm.pretrain import TrainConfig
 
 Mode = Literal["fp32", "bf16_matmul", "bf16", "fp32+compile", "bf16_matmul+compile", "bf16+compile"]
 
@@ -54,13 +62,12 @@ def train_config(mode: str, rows: int, device: str) -> TrainConfig:
 
 
 def our_step(model: TinyLM, config: TrainConfig, ids: torch.Tensor) -> Callable[[], float]:
-    engine, batch = Engine(model, config), {"input_ids": ids, "labels": ids}
+    keep_freed_memory()
+    engine = Engine(model, next_token_loss(model), config)
+    batch = {"input_ids": ids, "labels": ids}
 
     def step() -> float:
-        loss, targets = engine.backward(batch)
-        engine.scale_gradients(targets)
-        engine.update(0)
-        return loss / targets
+        return engine.step(batch, 0).mean_loss
 
     return step
 

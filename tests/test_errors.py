@@ -14,7 +14,8 @@ from tinylm.cli import main
 from tinylm.data import DataConfig
 from tinylm.dpo import DPOConfig
 from tinylm.model import ModelConfig, TinyLM
-from tinylm.pretrain import PretrainConfig, TrainConfig, save_config
+from tinylm.pretrain import PretrainConfig, TrainConfig
+from tinylm.runs import save_config
 from tinylm.tokenizer import Tokenizer
 
 TINY = replace(

@@ -528,8 +528,8 @@ def find_run(run: str | None, usual: str = "pretrain") -> Path:
 
 def open_model(run: Path, device: str) -> tuple[Any, Any]:
     """The trained model, on a device (cpu, cuda or auto), and its tokenizer."""
+    from tinylm.engine import choose_device
     from tinylm.hub import load
-    from tinylm.pretrain import choose_device
 
     model, tokenizer = load(run)
     return model.to(choose_device(device)), tokenizer
@@ -626,9 +626,10 @@ def read_defaults(argv: list[str], kind: Any = None) -> tuple[Any, list[str]]:
 
 def run_pretrain(argv: list[str]) -> None:
     """Train a model, and measure it; --recipe NAME or FILE.yaml gives the defaults."""
+    from tinylm.engine import measure_matmul_peak
     from tinylm.evaluate import evaluate
     from tinylm.model import flops_per_token
-    from tinylm.pretrain import measure_matmul_peak, pretrain
+    from tinylm.pretrain import pretrain
 
     config = parse_flags(*read_defaults(argv), run_pretrain)
     note(f"text: {config.data.path or 'built-in stories'}; run: {config.out}")
@@ -690,7 +691,7 @@ def run_evaluate(argv: list[str]) -> None:
     from tinylm.evaluate import compare, evaluate, write_reports
     from tinylm.generate import check_vocabulary
     from tinylm.model import check_memory
-    from tinylm.pretrain import check_writable
+    from tinylm.runs import check_writable
 
     @dataclass
     class Flags:
@@ -978,7 +979,7 @@ def run_chat(argv: list[str]) -> None:
 def run_export(argv: list[str]) -> None:
     """Write a run as a checkpoint that `transformers` opens with AutoModelForCausalLM."""
     from tinylm.hub import save
-    from tinylm.pretrain import check_writable
+    from tinylm.runs import check_writable
 
     @dataclass
     class Flags:
@@ -1001,7 +1002,7 @@ def type_and_run(*words: str) -> None:
 
 def run_speedrun(argv: list[str]) -> None:
     """Pretrain, fine-tune on chats that ramble (all weights, an adapter), tune on preferences, and measure all."""
-    from tinylm.pretrain import check_run
+    from tinylm.runs import check_run
 
     @dataclass
     class Flags:

@@ -24,19 +24,13 @@ from statistics import fmean, median
 from time import perf_counter
 from typing import Any
 
+from .basics import read_metrics
 from .cli import build, note, parse_flags, read_recipe, recipe_values, take_flag
 from .data import prepare
 from .evaluate import T95, aligned
 from .model import flops_per_token
-from tinylm.pretrain import (
-    PretrainConfig,
-    Trainer,
-    TrainingDiverged,
-    check_writable,
-    pretrain,
-    read_metrics,
-    with_full_paths,
-)
+from .pretrain import Hook, PretrainConfig, Trainer, TrainingDiverged, pretrain
+from .runs import check_writable, with_full_paths
 
 # %% ../nbs/62_experiments.ipynb #80ec89ee
 def interval(values: list[float], minus: list[float] | None = None) -> tuple[float, float]:
@@ -58,23 +52,22 @@ def changed(base: PretrainConfig, changes: dict, out: Path) -> PretrainConfig:
     return build(PretrainConfig, {"out": str(out), **values})
 
 # %% ../nbs/62_experiments.ipynb #90098722
-@dataclass(eq=False, repr=False)
-class Watched(Trainer):
-    """Stops when its loss is above the median of three or more rivals at that step (the median rule)."""
+@dataclass(eq=False)
+class Watched(Hook):
+    """Stop a run whose loss is above the median of three or more rivals at that step (the median rule)."""
 
-    rivals: list[dict[int, float]] = field(
-        default_factory=list
-    )  # validation losses of finished runs, by step
+    rivals: list[dict[int, float]]  # validation losses of finished runs, by step
     judge_from: float = 1.0  # share of the steps that must be over
 
-    def validate(self, final: bool = False) -> float:
-        """Validate, and judge."""
-        loss, step = super().validate(final), self.progress.step
+    def on_validation(self, trainer: Trainer, loss: float) -> None:
+        """Compare a loss under way with those of the rivals."""
+        step = trainer.progress.step
+        is_early = step < self.judge_from * trainer.config.max_steps
+        if trainer.finished or is_early:
+            return
         others = [curve[step] for curve in self.rivals if step in curve]
-        spared = final or step < self.judge_from * self.config.max_steps
-        if not spared and len(others) > 2 and loss > median(others):
+        if len(others) > 2 and loss > median(others):
             raise TrainingDiverged(f"dominated at step {step}: a loss of {loss:.4f}")
-        return loss
 
 # %% ../nbs/62_experiments.ipynb #b08bb33c
 def run_one(
@@ -92,9 +85,7 @@ def run_one(
         return json.loads(result.read_text("utf-8"))
     try:
         with redirect_stdout(StringIO()):  # what the model writes is in samples.txt
-            pretrain(
-                replace(config, resume=True), partial(Watched, rivals=rivals, judge_from=judge_from)
-            )
+            pretrain(replace(config, resume=True), hooks=[Watched(rivals, judge_from)])
     except TrainingDiverged as stop:
         status = str(stop).partition(":")[0]
     lines = [{"step": 0}, *read_metrics(out)]

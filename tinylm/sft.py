@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLE', 'turn', 'to_messages', 'ramble', 'story_chat', 'read_records', 'encode_chats', 'ChatBatches', 'ends',
-           'ChatTrainer', 'check', 'TuneConfig', 'SFTConfig', 'open_base', 'load_chats', 'fine_tune', 'sft']
+           'ChatStage', 'TuneConfig', 'SFTConfig', 'check_template', 'open_base', 'load_chats', 'fine_tune', 'sft']
 
 # %% ../nbs/51_sft.ipynb #9b2f2210
 import random
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +21,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .basics import check_fields
 from .corpus import Story, stories
 from .data import Batches, DataConfig, read_splits
+from .engine import choose_device, join_processes
 from .evaluate import ASKED
-from .generate import check_vocabulary
 from tinylm.lora import (
     LoRA,
     LoraConfig,
@@ -36,16 +36,9 @@ from tinylm.lora import (
     set_adapter,
     unmerge_lora,
 )
-from .model import IGNORE_INDEX, TinyLM
-from tinylm.pretrain import (
-    Result,
-    TrainConfig,
-    Trainer,
-    choose_device,
-    join_processes,
-    run_stage,
-    with_bar,
-)
+from .model import IGNORE_INDEX, Block, TinyLM
+from .pretrain import Hook, PretrainStage, Result, TrainConfig, run_stage
+from .runs import open_run, with_bar
 from tinylm.tokenizer import (
     GENERATION_MARK,
     Tokenizer,
@@ -173,55 +166,56 @@ def ends(tokenizer: Tokenizer) -> list[int]:
 SAMPLE = "Leo was in the kitchen. Mia was in the attic. Where was Mia?"  # asked in samples
 
 
-class ChatTrainer(Trainer):
-    """The trainer of all stages after the first: a sample is an answer, and what is saved needs no adapter."""
+@dataclass(eq=False)
+class ChatStage(PretrainStage):
+    """The base of all stages after the first: a sample is an answer, and what is saved needs no adapter."""
 
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer  # writes chats
 
-    def save_model(self, folder: Path) -> None:
+    def loras(self) -> list[LoRA]:
+        """Return the adapters in the model; none if all weights are trained."""
+        return [module for module in self.model.modules() if isinstance(module, LoRA)]
+
+    def save(self, folder: Path) -> None:
         """Write model and tokenizer, also a trained adapter by itself; a generated answer ends where a turn does."""
-        adapted = any(isinstance(module, LoRA) for module in self.model.modules())
-        if adapted:
+        is_adapted = bool(self.loras())
+        if is_adapted:
             save_lora(self.model, folder / "adapter")
             merge_lora(self.model)
-        super().save_model(folder)
-        if adapted:
+        super().save(folder)
+        if is_adapted:
             unmerge_lora(self.model)
         save_end_tokens(folder, ends(self.tokenizer))
 
-    def load_model(self, folder: Path) -> None:
-        """Read what `save_model` wrote: all weights, or the adapter where there is one."""
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote: all weights, or the adapter where there is one."""
         if not (folder / "adapter").exists():
-            return super().load_model(folder)
+            super().load(folder)
+            return
         load_lora(self.model, folder / "adapter", "saved")
-        for lora in (module for module in self.model.modules() if isinstance(module, LoRA)):
+        for lora in self.loras():
             lora["default"].load_state_dict(lora.pop("saved").state_dict())
         set_adapter(self.model, "default")
 
+    def question(self) -> str:
+        """Return the question of samples: `sample_prompt`, or one about a story if there is none."""
+        return self.config.sample_prompt or SAMPLE
+
     def prompt_ids(self) -> list[int]:
-        """Encode the question of samples: `sample_prompt`, or one about a story if there is none."""
-        question = self.config.sample_prompt or SAMPLE
-        return self.tokenizer.apply_chat_template(
-            turn(question, "")[:1], add_generation_prompt=True
-        )
+        """Encode the question of samples."""
+        message = turn(self.question(), "")[0]
+        return self.tokenizer.apply_chat_template([message], add_generation_prompt=True)
 
-    def summary(self) -> list[tuple[str, str]]:
-        """Name and value of what was reached; only what the assistant says is counted."""
-        return [("validation loss", f"{self.validation_loss:.4f} nats per token of an answer")]
+    def sample(self, step: int) -> str:
+        """Return how the model answers the question of samples now."""
+        answer = self.continue_text(self.prompt_ids(), ends(self.tokenizer), temperature=0)
+        return f"{self.question()}\n> {answer.strip()}"
 
-    def sample(self) -> str:
-        """How the model answers the question of samples now."""
-        question = self.config.sample_prompt or SAMPLE
-        return f"{question}\n> {self.go_on(self.prompt_ids(), ends(self.tokenizer), temperature=0).strip()}"
+    def summary(self, validation_loss: float) -> list[tuple[str, str]]:
+        """Return name and value of what was reached; only what the assistant says is counted."""
+        return [("validation loss", f"{validation_loss:.4f} nats per token of an answer")]
 
 # %% ../nbs/51_sft.ipynb #f06080ae
-def check(config: Any, rules: dict[str, tuple[Any, str]]) -> None:
-    """Raise for the first field that is not valid, with what to do about it."""
-    for name, (valid, remedy) in rules.items():
-        if not valid:
-            raise ValueError(f"{name}={attrgetter(name)(config)!r}: {remedy}")
-
-
 _GENTLE = partial(TrainConfig, optimizer="adamw", learning_rate=1e-3, spike_factor=0)
 
 
@@ -252,49 +246,48 @@ class SFTConfig(TuneConfig):
     command = "sft"  # of the command line
 
     def __post_init__(self) -> None:
-        check(self, {"habit": (0 <= self.habit <= 1, "give a share from 0 to 1")})
+        check_fields(self, {"habit": (0 <= self.habit <= 1, "give a share from 0 to 1")})
 
 # %% ../nbs/51_sft.ipynb #062131cc
-def open_base(config: Any) -> tuple[TinyLM, Tokenizer]:
-    """Model and tokenizer of a run or of any checkpoint that can be opened, with an adapter if one is asked for."""
-    run, data = Path(config.run), config.data
-    alone = (
-        run / "adapter_config.json"
-    ).exists() and "is an adapter without its base; give the folder that it is in"
-    missing = (
-        alone or "holds no trained model; give the folder of a finished run, or of a checkpoint"
-    )
-    check(config, {"run": (run.is_file() or (run / "config.json").exists(), missing)})
-    model, tokenizer = TinyLM.from_pretrained(run), Tokenizer.from_pretrained(run)
-    check_vocabulary(model, tokenizer, f"run={config.run!r}: its tokenizer")
-    if config.chatml:
-        tokenizer.hf_tokenizer.chat_template = chatml_template(tokenizer)
+def check_template(
+    tokenizer: Tokenizer,  # of the run
+    run: str,  # where it comes from
+) -> None:
+    """Raise if the chat template of a run does not mark what the assistant says."""
     template = tokenizer.hf_tokenizer.chat_template
     if not GENERATION_MARK.search(str(template)):  # one template, or several by name
-        found = (
-            "a chat template that marks no answers"
-            if template
-            else "a tokenizer without a chat template"
-        )
-        raise ValueError(f"run={config.run!r} has {found}; use --chatml")
+        problem = "a tokenizer without a chat template"
+        if template:
+            problem = "a chat template that marks no answers"
+        raise ValueError(f"run={run!r} has {problem}; use --chatml")
+
+
+def open_base(
+    config: Any,  # a `TuneConfig`
+    block: type[Block] = Block,  # what the layers of the run's model are made of
+) -> tuple[TinyLM, Tokenizer]:
+    """Open model and tokenizer of a run or of any checkpoint, with an adapter if one is asked for."""
+    model, tokenizer = open_run(config.run, block)
+    if config.chatml:
+        tokenizer.hf_tokenizer.chat_template = chatml_template(tokenizer)
+    check_template(tokenizer, config.run)
     tokenizer.eos_token_ids = ends(tokenizer)  # refuses a template whose answers would never end
-    most, its_own = (
-        model.config.max_position_embeddings,
-        "the run has its tokenizer; leave this out",
-    )
+
+    # What does not go together with this run.
+    data = config.data
+    longest = model.config.max_position_embeddings
+    is_another = Path(config.run).resolve() != Path(config.out).resolve()
+    fits = data.seq_len <= longest
+    remedy = "the run has its tokenizer; leave this out"
     rules = {
-        "out": (
-            run.resolve() != Path(config.out).resolve(),
-            "is the run to start from; give another folder",
-        ),
-        "data.seq_len": (
-            data.seq_len <= most,
-            f"is above max_position_embeddings={most}; make it smaller",
-        ),
-        "data.tokenizer": (data.tokenizer == DataConfig.tokenizer, its_own),
-        "data.vocab_size": (data.vocab_size == DataConfig.vocab_size, its_own),
+        "out": (is_another, "is the run to start from; give another folder"),
+        "data.seq_len": (fits, f"is above max_position_embeddings={longest}; make it smaller"),
+        "data.tokenizer": (data.tokenizer == DataConfig.tokenizer, remedy),
+        "data.vocab_size": (data.vocab_size == DataConfig.vocab_size, remedy),
     }
-    check(config, rules)
+    check_fields(config, rules)
+
+    # The adapter begins as the seed says.
     torch.manual_seed(config.train.seed)
     if config.lora.r:
         add_lora(model, config.lora)
@@ -322,25 +315,37 @@ def load_chats(
 
 # %% ../nbs/51_sft.ipynb #4317e558
 def fine_tune(
-    config: Any, load: Callable[..., tuple], kind: Callable[..., ChatTrainer] = ChatTrainer
+    config: Any,  # a `TuneConfig`
+    load: Callable[..., tuple],  # (config, tokenizer, rank, world size) -> batches, validation
+    stage: Callable[..., ChatStage] = ChatStage,  # makes the stage from model, tokenizer, batches
+    block: type[Block] = Block,  # what the layers of the run's model are made of
+    hooks: Iterable[Hook] = (),  # your own code in the loop
 ) -> Result:
-    """Train the model of a run further, on the batches that `load` gives; leaves a folder like that of `pretrain`."""
+    """Train the model of a run further; leave a folder like that of `pretrain`."""
 
-    def make(config: Any) -> ChatTrainer:
-        model, tokenizer = open_base(config)
-        batches, validation = load(
-            config, tokenizer, *join_processes(choose_device(config.train.device))
-        )
+    def make_stage(config: Any) -> ChatStage:
+        model, tokenizer = open_base(config, block)
+        rank, world_size = join_processes(choose_device(config.train.device))
+        batches, validation = load(config, tokenizer, rank, world_size)
         prepared = SimpleNamespace(
             tokenizer=tokenizer, train=batches.file, validation=validation.file
         )
-        return kind(
-            model, config.train, config.out, batches, validation, tokenizer, prepared=prepared
+        return stage(
+            model=model,
+            tokenizer=tokenizer,
+            config=config.train,
+            source=batches,
+            validation=validation,
+            prepared=prepared,
         )
 
-    return run_stage(config, make)
+    return run_stage(config, make_stage, hooks)
 
 
-def sft(config: SFTConfig) -> Result:
+def sft(
+    config: SFTConfig,  # the whole recipe
+    block: type[Block] = Block,  # what the layers of the run's model are made of
+    hooks: Iterable[Hook] = (),  # your own code in the loop
+) -> Result:
     """Fine-tune a model on conversations."""
-    return fine_tune(config, load_chats)
+    return fine_tune(config, load_chats, block=block, hooks=hooks)
