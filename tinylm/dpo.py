@@ -249,13 +249,14 @@ def kl_to_reference(
 class ReferenceStage(ChatStage):
     """A stage that remembers the model as it was."""
 
+    source: Any  # `PairBatches`
     validation: Any = ()  # `PairBatches`
     objective: Any = None  # a `DPOConfig`
 
     def begin(self, engine: Engine) -> None:
         """Remember the model; if only its log-probabilities are wanted, compute them and forget it."""
         self.device = engine.device
-        self.reference: Callable | None = None
+        self.reference: Any = None  # opens the model as it was
         if self.objective.loss in REFERENCE_FREE:
             return
         self.reference = REFERENCES[self.objective.reference](self)
@@ -430,7 +431,7 @@ class DPOConfig(TuneConfig):
     def __post_init__(self) -> None:
         smooth = 0 <= self.label_smoothing < (0.5 if self.loss in ("sigmoid", "simpo") else 1e-9)
         known = self.reference in REFERENCES and (self.reference != "adapter" or self.lora.r)
-        rules = {
+        rules: dict[str, tuple[object, str]] = {
             "loss": (self.loss in LOSSES, f"give one of {', '.join(LOSSES)}"),
             "beta": (self.beta > 0, "give a number above 0"),
             "label_smoothing": (
