@@ -254,7 +254,7 @@ class ReferenceStage(ChatStage):
     objective: Any = None  # a `DPOConfig`
 
     def begin(self, engine: Engine) -> None:
-        """Remember the model; if only its log-probabilities are wanted, compute them and forget it."""
+        """Remember the model, or only its log-probabilities of all pairs."""
         self.device = engine.device
         self.reference: Any = None  # opens the model as it was
         if self.objective.loss in REFERENCE_FREE:
@@ -263,7 +263,7 @@ class ReferenceStage(ChatStage):
         if self.objective.reference != "precomputed":
             return
 
-        # Every process needs those of all pairs: which it gets in a step changes when the run is resumed.
+        # Every process needs those of all pairs: another number of them may resume the run.
         for part in (self.source, self.validation):
             rows = replace(part, shuffle=False, rank=0, world_size=1)
             logps = [self.reference_logps(batch).cpu() for batch in rows]
@@ -319,7 +319,7 @@ class DPOStage(ReferenceStage):
         return (losses - self.objective.sft_weight * likelihood).sum(), len(losses)
 
     def figures(self, training: bool) -> dict[str, float]:
-        """Return what was seen of the pairs; after a validation also the divergence from the reference."""
+        """Return the figures of the pairs; after a validation also the divergence."""
         sums = self.sums.pop(training)
         if self.world_size > 1:
             dist.all_reduce(sums)
@@ -332,7 +332,7 @@ class DPOStage(ReferenceStage):
         return figures
 
     def divergence(self) -> float:
-        """Estimate the KL divergence from the reference, on prompts of the first 64 validation pairs."""
+        """Estimate the KL divergence from the reference on 64 validation prompts."""
         prompts = []
         for (ids, labels), _ in self.validation.file[:64]:
             length = next(t for t, label in enumerate(labels) if label >= 0)

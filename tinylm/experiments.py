@@ -54,7 +54,7 @@ def changed(base: PretrainConfig, changes: dict, out: Path) -> PretrainConfig:
 # %% ../nbs/62_experiments.ipynb #90098722
 @dataclass(eq=False)
 class Watched(Hook):
-    """Stop a run whose loss is above the median of three or more rivals at that step (the median rule)."""
+    """Stop a run whose loss is above the median of three or more rivals (the median rule)."""
 
     rivals: list[dict[int, float]]  # validation losses of finished runs, by step
     judge_from: float = 1.0  # share of the steps that must be over

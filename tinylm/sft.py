@@ -168,7 +168,7 @@ SAMPLE = "Leo was in the kitchen. Mia was in the attic. Where was Mia?"  # asked
 
 @dataclass(eq=False)
 class ChatStage(PretrainStage):
-    """The base of all stages after the first: a sample is an answer, and what is saved needs no adapter."""
+    """The base of later stages: a sample is an answer, and what is saved needs no adapter."""
 
     tokenizer: Tokenizer  # writes chats
 
@@ -177,7 +177,10 @@ class ChatStage(PretrainStage):
         return [module for module in self.model.modules() if isinstance(module, LoRA)]
 
     def save(self, folder: Path) -> None:
-        """Write model and tokenizer, also a trained adapter by itself; a generated answer ends where a turn does."""
+        """Write model and tokenizer, also a trained adapter by itself.
+
+        A generated answer ends where a turn does.
+        """
         is_adapted = bool(self.loras())
         if is_adapted:
             save_lora(self.model, folder / "adapter")
@@ -198,7 +201,7 @@ class ChatStage(PretrainStage):
         set_adapter(self.model, "default")
 
     def question(self) -> str:
-        """Return the question of samples: `sample_prompt`, or one about a story if there is none."""
+        """Return the question of samples: `sample_prompt`, or one about a story."""
         return self.config.sample_prompt or SAMPLE
 
     def prompt_ids(self) -> list[int]:
@@ -266,7 +269,7 @@ def open_base(
     config: Any,  # a `TuneConfig`
     block: type[Block] = Block,  # what the layers of the run's model are made of
 ) -> tuple[TinyLM, Tokenizer]:
-    """Open model and tokenizer of a run or of any checkpoint, with an adapter if one is asked for."""
+    """Open model and tokenizer of a run, with a new adapter if one is asked for."""
     model, tokenizer = open_run(config.run, block)
     if config.chatml:
         tokenizer.hf_tokenizer.chat_template = chatml_template(tokenizer)
