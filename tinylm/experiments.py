@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from functools import partial
 from io import StringIO
 from itertools import product
 from math import inf, sqrt

@@ -28,7 +28,7 @@ from safetensors.torch import load_model
 from torch import Tensor
 from tqdm import tqdm
 
-from .basics import FieldError, check_fields
+from .basics import check_fields
 from .data import Batches, DataConfig, Prepared, prepare
 from tinylm.engine import (
     Engine,
