@@ -19,11 +19,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tinylm.chat import end_token_ids
 from tinylm.cli import main
 from tinylm.generate import generate_text
 from tinylm.hub import load, load_sampling, save
 from tinylm.model import ModelConfig, TinyLM
-from tinylm.sft import ends
 from tinylm.tokenizer import CHATML_TEMPLATE, SPECIAL_TOKENS, Tokenizer
 
 TEXT = [
@@ -183,7 +183,7 @@ def test_chatml_without_its_tokens_ends_with_the_end_of_text(place):
     )
     tokenizer = Tokenizer.from_pretrained("chatml")
     ids, said = tokenizer.chat_ids_and_mask(CHAT)
-    assert listed("chatml") == 1 and ends(tokenizer) == [1]
+    assert listed("chatml") == 1 and end_token_ids(tokenizer) == [1]
     assert (
         tokenizer.decode([i for i, own in zip(ids, said, strict=True) if own]) == "Birds do.<eos>"
     )

@@ -22,11 +22,11 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from transformers import PreTrainedTokenizerFast
 
 from tinylm import data
+from tinylm.chat import to_messages
 from tinylm.cli import main
 from tinylm.corpus import Story, stories
 from tinylm.data import DataConfig, TokenFile, open_hub, prepare, read_splits, tokenise
 from tinylm.model import ModelConfig, TinyLM
-from tinylm.sft import to_messages
 from tinylm.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -626,9 +626,9 @@ def read_defaults(argv: list[str], kind: Any = None) -> tuple[Any, list[str]]:
 
 def run_pretrain(argv: list[str]) -> None:
     """Train a model, and measure it; --recipe NAME or FILE.yaml gives the defaults."""
-    from tinylm.evaluate import evaluate
     from tinylm.model import flops_per_token
     from tinylm.pretrain import measure_matmul_peak, pretrain
+    from tinylm.report import evaluate
 
     config = parse_flags(*read_defaults(argv), run_pretrain)
     note(f"text: {config.data.path or 'built-in stories'}; run: {config.out}")
@@ -687,10 +687,10 @@ def run_generate(argv: list[str]) -> None:
 def run_evaluate(argv: list[str]) -> None:
     """Measure models: tinylm evaluate [RUN ...]; loss, distance to the floor, questions in stories and as chats."""
     from tinylm.data import DataConfig, prepare_validation
-    from tinylm.evaluate import compare, evaluate, write_reports
     from tinylm.generate import check_vocabulary
     from tinylm.model import check_memory
     from tinylm.pretrain import check_writable
+    from tinylm.report import compare, evaluate, write_reports
 
     @dataclass
     class Flags:

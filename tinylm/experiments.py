@@ -26,7 +26,7 @@ from typing import Any
 
 from .cli import build, note, parse_flags, read_recipe, recipe_values, take_flag
 from .data import prepare
-from .evaluate import T95, aligned
+from .evaluate import T95
 from .model import flops_per_token
 from tinylm.pretrain import (
     PretrainConfig,
@@ -37,6 +37,7 @@ from tinylm.pretrain import (
     read_metrics,
     with_full_paths,
 )
+from .report import markdown_table
 
 # %% ../nbs/62_experiments.ipynb #80ec89ee
 def interval(values: list[float], minus: list[float] | None = None) -> tuple[float, float]:
@@ -191,7 +192,7 @@ def report(rows: list[dict], out: Path) -> str:
         results = [*told[:2], ""][:2]
         lines.append([name, str(len(group)), str(group[0]["steps"]), *results])
     (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    table = aligned(lines) + "\n"
+    table = markdown_table(lines) + "\n"
     (out / "table.md").write_text(table, "utf-8")
     return table
 

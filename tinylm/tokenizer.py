@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'CHATML_TEMPLATE', 'LONGEST_WORD', 'CONTEXT', 'GENERATION_MARK', 'looks_like_path', 'Tokenizer',
-           'chatml_template', 'render_chat', 'save_end_tokens']
+           'chatml_template', 'check_messages', 'render_chat', 'save_end_tokens']
 
 # %% ../nbs/01_tokenizer.ipynb #aa4faa0b
 import json
@@ -369,7 +369,7 @@ class Tokenizer:
         """Ids of all pieces, each encoded by itself, and for each id the number of its answer; 0: not said."""
         ids: list[int] = []
         answers: list[int] = []
-        _check_messages(messages)
+        check_messages(messages)
         for text, special, answer in render_chat(
             self.hf_tokenizer, messages, add_generation_prompt
         ):
@@ -490,7 +490,7 @@ def _guarded(messages: list[dict], special: re.Pattern) -> tuple[list[dict], str
     return safe, guard
 
 
-def _check_messages(messages: list[dict]) -> None:
+def check_messages(messages: list[dict]) -> None:
     """Raise a ValueError that names the first message that is not one."""
     for i, message in enumerate(messages):
         known = isinstance(message, dict) and message.get("role") in (

@@ -15,8 +15,8 @@ GROUPS = [
     ("1 the model", ["10 rope", "11 attention", "13 feedforward", "14 moe", "15 model", "17 lora"]),
     ("2 generation", ["20 kv_cache", "21 generate"]),
     ("3 data", ["30 corpus", "31 data"]),
-    ("4 pretraining", ["43 pretrain", "44 evaluate"]),
-    ("5 tuning", ["51 sft", "52 dpo"]),
+    ("4 pretraining", ["43 pretrain", "44 evaluate", "45 report"]),
+    ("5 tuning", ["50 chat", "51 sft", "52 dpo"]),
     ("6 use, study", ["60 hub", "62 experiments", "64 cli", "70 proofs"]),
 ]
 STAGES = [stage for _, stages in GROUPS for stage in stages]
