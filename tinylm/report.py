@@ -167,7 +167,7 @@ def _ask_questions(
 
 
 def evaluate(
-    model: TinyLM,
+    model: TinyLM,  # the one to measure
     prepared: Prepared,  # its validation part is measured
     seq_len: int,  # tokens in a row, as in training
     kind_stories: int = 40,  # stories for the loss by kind of token
