@@ -166,7 +166,7 @@ def encode_chats(
         counts=dict(counts),
     )
 
-
+# %% ../nbs/50_chat.ipynb #3d50cha1
 @dataclass(eq=False)
 class ChatBatches(Batches):
     """Batches of conversations: the labels are what the assistant says."""

@@ -281,7 +281,7 @@ def stack_rows(
         "labels": torch.tensor(padded_labels, dtype=torch.long).view(shape),
     }
 
-
+# %% ../nbs/52_dpo.ipynb #6a52dpo1
 @dataclass(eq=False)
 class PairBatches:
     """Batches of pairs, a pure function of (seed, step); rank r of w gets pairs r, r + w, ..."""

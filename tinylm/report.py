@@ -68,8 +68,8 @@ class Report:
         if self.packing is not None and not self.packing.equal:
             packed = f"{self.packing.packed:.4f} nats per token in packed rows"
             alone = f"{self.packing.alone:.4f} alone"
-            count = f"{self.packing.documents} documents"
-            value += f" DOCUMENTS IN A ROW SEE EACH OTHER: {count} have {packed}, {alone}"
+            count = f"{self.packing.different} of {self.packing.documents} documents"
+            value += f" DOCUMENTS IN A ROW SEE EACH OTHER: {count} differ, {packed}, {alone}"
         rows = [("loss", value)]
         if self.floor is None:
             return rows
@@ -140,7 +140,7 @@ def validation_stories(prepared: Prepared) -> list[Story]:
         raise ValueError(f"{prepared.folder} {problem}; delete it")
     return tales
 
-
+# %% ../nbs/45_report.ipynb #4e45rep1
 def _fits_in_context(
     model: TinyLM,
     tokenizer: Tokenizer,
@@ -165,7 +165,7 @@ def _ask_questions(
     if as_chats:
         report.chat, report.reply_words = chat(model, tokenizer, questions)
 
-
+# %% ../nbs/45_report.ipynb #4e45rep2
 def evaluate(
     model: TinyLM,  # the one to measure
     prepared: Prepared,  # its validation part is measured
@@ -237,7 +237,7 @@ def compare(reports: dict[str, Report]) -> str:
         rows.append([title, *(column.get(title, "") for column in columns.values())])
     return markdown_table(rows)
 
-
+# %% ../nbs/45_report.ipynb #5f45rep1
 def _draw_scores(
     axes: Any,  # of matplotlib
     scores_by_model: dict[str, dict[str, Score]],  # for each model: scores by kind of question
@@ -270,7 +270,7 @@ def plot_reports(reports: dict[str, Report]) -> Any:  # a matplotlib figure
     in_story.legend()
     return figure
 
-
+# %% ../nbs/45_report.ipynb #5f45rep2
 def write_reports(reports: dict[str, Report], folder: str | Path) -> None:
     """Write report.md, report.json and report.png into a folder."""
     folder = Path(folder)
