@@ -579,8 +579,8 @@ class DPOConfig(TuneConfig):
     )
     beta: float = 0.1  # weight of the KL divergence to the reference
     label_smoothing: float = 0.0  # share of preferences taken to be reversed ("sigmoid", "simpo")
-    gamma: float = 0.5  # how far apart rewards shall be ("simpo")
-    sft_weight: float = 1.0  # adds the chosen answers' mean loss so often (RPO, ORPO); 0: plain DPO
+    gamma: float = 0.5  # how far apart rewards should be ("simpo")
+    sft_weight: float = 1.0  # weight of the chosen answers' mean loss (RPO, ORPO); 0: plain DPO
     reference: str = "copy"  # "copy", "adapter" (the model without it) or "precomputed"
 
     command = "dpo"  # of the command line
