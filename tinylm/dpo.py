@@ -332,7 +332,7 @@ OpenReference = Callable[[], AbstractContextManager[TinyLM]]  # opens the refere
 
 
 class HasModel(Protocol):
-    """What a reference is made of: a trainer, or anything else with a model."""
+    """What a reference is made of: whatever trains a model."""
 
     model: TinyLM
 
@@ -354,14 +354,14 @@ def frozen_copy(model: TinyLM) -> OpenReference:
     return open_copy
 
 
-def copy_reference(trainer: HasModel) -> OpenReference:
+def copy_reference(stage: HasModel) -> OpenReference:
     """Return a reference with weights of its own."""
-    return frozen_copy(trainer.model)
+    return frozen_copy(stage.model)
 
 
-def adapter_reference(trainer: HasModel) -> OpenReference:
+def adapter_reference(stage: HasModel) -> OpenReference:
     """Return a reference that shares the weights: the model without its adapter."""
-    return partial(adapter_off, trainer.model)
+    return partial(adapter_off, stage.model)
 
 
 REFERENCES: dict[str, Callable[[HasModel], OpenReference]] = {
