@@ -593,8 +593,9 @@ class DPOConfig(TuneConfig):
         smoothing_remedy = "give 0 or more and less than 0.5, above 0 only with sigmoid or simpo"
         lacks_adapter = self.reference == "adapter" and not self.lora.r
         valid_reference = self.reference in REFERENCES and not lacks_adapter
-        references = ", ".join(REFERENCES)
 
+        # Each field with what is right.
+        references = ", ".join(REFERENCES)
         rules: dict[str, tuple[object, str]] = {
             "loss": (self.loss in LOSSES, f"give one of {', '.join(LOSSES)}"),
             "beta": (self.beta > 0, "give a number above 0"),
