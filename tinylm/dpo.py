@@ -12,7 +12,7 @@ __all__ = ['LOSSES', 'REFERENCE_FREE', 'SIDES', 'REFERENCES', 'answer_logps', 's
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -31,8 +31,8 @@ from .corpus import Story
 from .data import DataConfig
 from .generate import SamplingConfig, evaluation_mode, generate
 from .lora import disable_lora
-from .model import IGNORE_INDEX, TinyLM, shift_labels, token_losses
-from .pretrain import Result, TrainConfig, matmul_precision, read_metrics, with_bar
+from .model import IGNORE_INDEX, Block, TinyLM, shift_labels, token_losses
+from .pretrain import Hook, Result, TrainConfig, matmul_precision, read_metrics, with_bar
 from tinylm.sft import (
     ChatTrainer,
     TuneConfig,
@@ -451,6 +451,7 @@ def load_pairs(
     return rows(training, seed=config.data.seed), rows(validation, shuffle=False)
 
 
-def dpo(config: DPOConfig) -> Result:
+def dpo(config: DPOConfig, block: type[Block] = Block, hooks: Iterable[Hook] = ()) -> Result:
     """Tune a run on preferences; leaves a run of its own."""
-    return fine_tune(config, load_pairs, partial(DPOTrainer, objective=config))
+    kind = partial(DPOTrainer, objective=config)
+    return fine_tune(config, load_pairs, kind, block, hooks)

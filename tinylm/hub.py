@@ -30,14 +30,14 @@ from tinylm.model import (
 from .tokenizer import Tokenizer
 
 # %% ../nbs/60_hub.ipynb #05b93c62
-def load_model(name: str | Path) -> TinyLM:
+def load_model(name: str | Path, block: type[Block] = Block) -> TinyLM:
     """The model of a folder, a GGUF file or a name of the hub: in evaluation mode, float32."""
-    return TinyLM.from_pretrained(name)
+    return TinyLM.from_pretrained(name, block)
 
 
-def load(name: str | Path) -> tuple[TinyLM, Tokenizer]:
+def load(name: str | Path, block: type[Block] = Block) -> tuple[TinyLM, Tokenizer]:
     """`load_model`, and the tokenizer that travels with it."""
-    return load_model(name), Tokenizer.from_pretrained(name)
+    return load_model(name, block), Tokenizer.from_pretrained(name)
 
 # %% ../nbs/60_hub.ipynb #df0f089c
 _SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")

@@ -1074,7 +1074,9 @@ PARTS = {
 }
 
 
-def _weights(config: ModelConfig) -> Iterator[tuple[str, Tensor, int, float]]:
+def _weights(
+    config: ModelConfig, block: type[Block] = Block
+) -> Iterator[tuple[str, Tensor, int, float]]:
     """Give component, weight, number of weights like it, and the share of them that works for one token.
 
     Layers of a kind are alike, so a model with one layer of each kind is built, and without memory of its own.
@@ -1091,7 +1093,7 @@ def _weights(config: ModelConfig) -> Iterator[tuple[str, Tensor, int, float]]:
         no_rope_layers=(),
     )
     with torch.device("meta"):
-        model = TinyLM(small)
+        model = TinyLM(small, block)
     used = config.num_experts_per_tok / (config.num_experts or config.num_experts_per_tok)
     for name, weight in model.named_parameters():
         part = next(part for place, part in PARTS.items() if place in name)
@@ -1099,11 +1101,11 @@ def _weights(config: ModelConfig) -> Iterator[tuple[str, Tensor, int, float]]:
         yield part, weight, copies, used if ".experts." in name else 1.0
 
 
-def count_parameters(config: ModelConfig) -> dict[str, int]:
+def count_parameters(config: ModelConfig, block: type[Block] = Block) -> dict[str, int]:
     """Parameters by component; "total", "active" in one token, "non_embedding" without the two vocabulary tables."""
     counts = dict.fromkeys(PARTS.values(), 0)
     active = 0.0
-    for part, weight, copies, used in _weights(config):
+    for part, weight, copies, used in _weights(config, block):
         counts[part] += copies * weight.numel()
         active += copies * weight.numel() * used
     total = sum(counts.values())

@@ -7,9 +7,10 @@ __all__ = ['PRECISIONS', 'TRACKERS', 'SCHEDULES', 'RISING_SCHEDULES', 'OPTIMIZER
            'orthogonalize', 'gathered', 'scattered', 'Muon', 'choose_precision', 'matmul_precision', 'choose_device',
            'join_processes', 'TrainConfig', 'make_optimizers', 'lr_factor', 'Engine', 'file_checksums', 'check_folder',
            'write_folder', 'remove_litter', 'checkpoints', 'Progress', 'cut_log', 'Checkpointed', 'read_metrics',
-           'plot_loss', 'with_bar', 'TrainingDiverged', 'Interrupted', 'stop_requests', 'Trainer', 'PretrainConfig',
-           'run_lock', 'empty_run', 'resume_command', 'check_writable', 'check_run', 'with_full_paths', 'save_config',
-           'make_trainer', 'check_fit', 'run_identity', 'run_stage', 'pretrain', 'measure_matmul_peak']
+           'plot_loss', 'with_bar', 'TrainingDiverged', 'Interrupted', 'stop_requests', 'Hook', 'Trainer',
+           'PretrainConfig', 'run_lock', 'empty_run', 'resume_command', 'check_writable', 'check_run',
+           'with_full_paths', 'save_config', 'make_trainer', 'check_fit', 'run_identity', 'run_stage', 'pretrain',
+           'measure_matmul_peak']
 
 # %% ../nbs/43_pretrain.ipynb #40ff3010
 import atexit
@@ -51,6 +52,7 @@ from .data import Batches, DataConfig, Prepared, prepare
 from .generate import SamplingConfig, encode_prompt, evaluation_mode, generate_text
 from tinylm.model import (
     IGNORE_INDEX,
+    Block,
     ModelConfig,
     TinyLM,
     check_memory,
@@ -750,8 +752,23 @@ SPIKES_TO_STOP = (
 )
 
 
+class Hook:
+    """Called by a trainer while it trains; override what you need."""
+
+    def on_step(self, trainer: Any, figures: dict[str, float]) -> None:
+        """After each step, with its loss, gradient norm and learning rate."""
+
+    def on_validation(self, trainer: Any, loss: float) -> None:
+        """After each validation, with its loss."""
+
+    def on_checkpoint(self, trainer: Any, folder: Path) -> None:
+        """After each checkpoint."""
+
+
 class Trainer(Checkpointed):
     """The loop: train, and after each step do what is due."""
+
+    hooks = ()
 
     samples_text = True  # whether the tokenizer can encode what samples begin with
     unit = "tokens"  # what `Progress.tokens` counts, for the progress bar; another stage may count something else
@@ -826,6 +843,9 @@ class Trainer(Checkpointed):
             p.train_seconds + p.recent[-1][2],
         )
         p.elapsed = time.perf_counter() - self.begin
+        rate = config.learning_rate * lr_factor(p.step - 1, config)
+        for hook in self.hooks:
+            hook.on_step(self, {"loss": mean, "grad_norm": norm, "lr": rate})
         bar.update()
         if p.step % config.log_interval == 0 or p.step == 1:
             (loss, targets, seconds), p.recent = (sum(column) for column in zip(*p.recent)), []
@@ -912,6 +932,8 @@ class Trainer(Checkpointed):
             p.best_loss, p.best_step, p.since_best = loss, p.step, 0
             if config.patience and self.rank == 0:
                 write_folder(self.out / "checkpoints" / "best", self.save_model)
+        for hook in self.hooks:
+            hook.on_validation(self, loss)
         return loss
 
     def plot(self) -> Any:
@@ -1068,7 +1090,10 @@ def save_config(out: Path, config: Any) -> None:
 
 
 def make_trainer(
-    config: PretrainConfig, prepared: Prepared, trainer: Callable[..., Trainer] = Trainer
+    config: PretrainConfig,
+    prepared: Prepared,
+    trainer: Callable[..., Trainer] = Trainer,
+    block: type[Block] = Block,
 ) -> Trainer:
     """The model of a recipe, untrained, with everything that will train it; `trainer` is the class."""
     data, train, size = config.data, config.train, len(prepared.tokenizer)
@@ -1089,7 +1114,7 @@ def make_trainer(
     )
     torch.manual_seed(train.seed)
     model, floor = (
-        TinyLM(replace(config.model, vocab_size=size)),
+        TinyLM(replace(config.model, vocab_size=size), block),
         prepared.meta["validation"]["floor"],
     )
     identity = {"model.vocab_size": size, "the tokenizer": prepared.train.meta["tokenizer_hash"]}
@@ -1181,7 +1206,9 @@ def run_stage(config: Any, make: Callable[[Any], Trainer]) -> Result:
     return Result(out, trainer.model, trainer.prepared, progress, *reached)
 
 
-def pretrain(config: PretrainConfig, trainer: Callable[..., Trainer] = Trainer) -> Result:
+def pretrain(
+    config: PretrainConfig, block: type[Block] = Block, hooks: Iterable[Hook] = ()
+) -> Result:
     """The main job: data, model, training; leaves a folder with all there is to know about the run."""
 
     def make(config: PretrainConfig) -> Trainer:
@@ -1200,7 +1227,9 @@ def pretrain(config: PretrainConfig, trainer: Callable[..., Trainer] = Trainer) 
             prepare(config.data)
         if world_size > 1:
             dist.barrier()  # the others find it done
-        return make_trainer(config, prepare(config.data), trainer)
+        trainer = make_trainer(config, prepare(config.data), block=block)
+        trainer.hooks = tuple(hooks)
+        return trainer
 
     return run_stage(config, make)
 

@@ -36,8 +36,9 @@ from tinylm.lora import (
     set_adapter,
     unmerge_lora,
 )
-from .model import IGNORE_INDEX, TinyLM
+from .model import IGNORE_INDEX, Block, TinyLM
 from tinylm.pretrain import (
+    Hook,
     Result,
     TrainConfig,
     Trainer,
@@ -255,7 +256,7 @@ class SFTConfig(TuneConfig):
         check(self, {"habit": (0 <= self.habit <= 1, "give a share from 0 to 1")})
 
 # %% ../nbs/51_sft.ipynb #062131cc
-def open_base(config: Any) -> tuple[TinyLM, Tokenizer]:
+def open_base(config: Any, block: type[Block] = Block) -> tuple[TinyLM, Tokenizer]:
     """Model and tokenizer of a run or of any checkpoint that can be opened, with an adapter if one is asked for."""
     run, data = Path(config.run), config.data
     alone = (
@@ -265,7 +266,7 @@ def open_base(config: Any) -> tuple[TinyLM, Tokenizer]:
         alone or "holds no trained model; give the folder of a finished run, or of a checkpoint"
     )
     check(config, {"run": (run.is_file() or (run / "config.json").exists(), missing)})
-    model, tokenizer = TinyLM.from_pretrained(run), Tokenizer.from_pretrained(run)
+    model, tokenizer = TinyLM.from_pretrained(run, block), Tokenizer.from_pretrained(run)
     check_vocabulary(model, tokenizer, f"run={config.run!r}: its tokenizer")
     if config.chatml:
         tokenizer.hf_tokenizer.chat_template = chatml_template(tokenizer)
@@ -322,25 +323,31 @@ def load_chats(
 
 # %% ../nbs/51_sft.ipynb #4317e558
 def fine_tune(
-    config: Any, load: Callable[..., tuple], kind: Callable[..., ChatTrainer] = ChatTrainer
+    config: Any,
+    load: Callable[..., tuple],
+    kind: Callable[..., ChatTrainer] = ChatTrainer,
+    block: type[Block] = Block,
+    hooks: Iterable[Hook] = (),
 ) -> Result:
     """Train the model of a run further, on the batches that `load` gives; leaves a folder like that of `pretrain`."""
 
     def make(config: Any) -> ChatTrainer:
-        model, tokenizer = open_base(config)
+        model, tokenizer = open_base(config, block)
         batches, validation = load(
             config, tokenizer, *join_processes(choose_device(config.train.device))
         )
         prepared = SimpleNamespace(
             tokenizer=tokenizer, train=batches.file, validation=validation.file
         )
-        return kind(
+        trainer = kind(
             model, config.train, config.out, batches, validation, tokenizer, prepared=prepared
         )
+        trainer.hooks = tuple(hooks)
+        return trainer
 
     return run_stage(config, make)
 
 
-def sft(config: SFTConfig) -> Result:
+def sft(config: SFTConfig, block: type[Block] = Block, hooks: Iterable[Hook] = ()) -> Result:
     """Fine-tune a model on conversations."""
-    return fine_tune(config, load_chats)
+    return fine_tune(config, load_chats, block=block, hooks=hooks)
