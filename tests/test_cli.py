@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tinylm.cli import COMMANDS, main, recipe_names
+from tinylm.cli import main
+from tinylm.commands import COMMANDS
+from tinylm.recipes import recipe_names
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_MODEL = "--model.hidden-size 32 --model.num-hidden-layers 1 --model.num-attention-heads 2"

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tinylm.cli import COMMANDS, check_words, main, read_flags, stored_flags
+from tinylm.cli import main, read_words, stored_commands
+from tinylm.recipes import spell_values
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = stored_commands()
 HEAVY = "torch|transformers|numpy|datasets|matplotlib"
 
 
@@ -88,7 +90,7 @@ for command in {QUICK!r}:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command_lists_its_flags(command, capsys):
     code, out, _ = answer(capsys, f"{command} --help")
-    flags = [flag for flag in stored_flags(command) if flag.kind != "section"]
+    flags = [flag for flag in COMMANDS[command].flags if flag.kind != "section"]
     assert code == 0 and flags
     assert all(f"--{flag.name.replace('_', '-')}" in out and flag.help for flag in flags)
     assert answer(capsys, f"help {command}")[1] == out
@@ -148,34 +150,36 @@ def test_nothing_is_colored_in_a_terminal(capsys, monkeypatch):
 # ---- What people type ----
 
 
-SPELLINGS = {
-    "pretrain --train.fsdp True": "--train.fsdp",
-    "pretrain --train.fsdp=false": "--train.no-fsdp",
-    "pretrain --resume true --train.max_steps 1e3": "--resume --train.max-steps 1000",
-    "pretrain text.txt --overwrite": "--overwrite --data.path text.txt",
-    "pretrain --overwrite text.txt": "--overwrite --data.path text.txt",
-    "pretrain 25m": "--recipe 25m",
-    "pretrain --model.head-dim None": "--model.head-dim None",
-    "generate 'One day' --run run": "--run run --prompt 'One day'",
-    "chat run": "--run run",
-    "sft run": "--run run",
-    "export run": "--run run",
-    "evaluate run run --stories 3": "run run --stories 3",
-    "evaluate --stories 3 run": "run --stories 3",
-    "sft run --lora.target-modules q_proj v_proj": "--lora.target-modules q_proj v_proj --run run",
-    "sft run --lora.init-lora-weights pissa": "--lora.init-lora-weights pissa --run run",
+UNDERSTOOD = {
+    "pretrain --train.fsdp True": {"train.fsdp": True},
+    "pretrain --train.fsdp=false": {"train.fsdp": False},
+    "pretrain --resume true --train.max_steps 1e3": {"resume": True, "train.max_steps": 1000},
+    "pretrain text.txt --overwrite": {"overwrite": True, "data.path": "text.txt"},
+    "pretrain --overwrite text.txt": {"overwrite": True, "data.path": "text.txt"},
+    "pretrain 25m": {"recipe": "25m"},
+    "pretrain --model.head-dim None": {"model.head_dim": None},
+    "generate 'One day' --run run": {"run": "run", "prompt": "One day"},
+    "chat run": {"run": "run"},
+    "sft run": {"run": "run"},
+    "export run": {"run": "run"},
+    "evaluate run run --stories 3": {"run": ("run", "run"), "stories": 3},
+    "evaluate --stories 3 run": {"run": ("run",), "stories": 3},
+    "sft run --lora.target-modules q_proj v_proj": {
+        "run": "run",
+        "lora.target_modules": ("q_proj", "v_proj"),
+    },
+    "sft run --lora.init-lora-weights pissa": {"run": "run", "lora.init_lora_weights": "pissa"},
 }
 
 
-@pytest.mark.parametrize("command", SPELLINGS)
+@pytest.mark.parametrize("command", UNDERSTOOD)
 def test_what_people_type_is_understood(command, tmp_path):
     (tmp_path / "text.txt").write_text("a text")
     (tmp_path / "run").mkdir()
     name, *words = shlex.split(command)
-    words = check_words(name, words)
-    assert words == shlex.split(SPELLINGS[command])
-    values, runs = read_flags(stored_flags(name), words, name)
-    assert values and runs == [word for word in words if word == "run" and name == "evaluate"]
+    values = read_words(name, words)
+    assert values == UNDERSTOOD[command]
+    assert read_words(name, spell_values(values, stored_commands()[name].flags)) == values
 
 
 # ---- Commands on a run ----
@@ -208,8 +212,9 @@ def run(tmp_path_factory):
 @pytest.fixture
 def talk(run):
     """A conversation in this process, with answers of at most 5 tokens in a context of 60."""
-    from tinylm.cli import Chat, open_model
+    from tinylm.commands import open_model
     from tinylm.generate import SamplingConfig
+    from tinylm.talk import Chat
 
     model, tokenizer = open_model(run, "cpu")
     object.__setattr__(model.config, "max_position_embeddings", 60)
@@ -376,7 +381,7 @@ def test_every_flag_passes_through_torchrun():
     from torch.distributed.run import parse_args
 
     for command in COMMANDS:
-        for flag in stored_flags(command):
+        for flag in COMMANDS[command].flags:
             words = [command, f"--{flag.name.replace('_', '-')}", "x"]
             if (
                 flag.kind != "section" and flag.name != "run"
@@ -408,7 +413,7 @@ def test_readme_gives_torchrun_no_flag_that_it_takes_for_its_own():
     "number", ["1.0e-3", "1E-3", "1.e-3", ".1e-2", "+1e-3", "0.001", "1e-03", "10.0E-4"]
 )
 def test_numbers_with_an_exponent(number, tmp_path):
-    from tinylm.cli import read_recipe
+    from tinylm.recipes import read_recipe
 
     fields = f"learning_rate: {number}, betas: [9e-1, {number}], max_steps: 1e3, batch_size: 1.6E1"
     scaling = "{rope_type: linear, factor: 4E0}"

@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tinylm import cli
+from tinylm import commands
 from tinylm.cli import main
 from tinylm.data import DataConfig
 from tinylm.dpo import DPOConfig
 from tinylm.model import ModelConfig, TinyLM
 from tinylm.pretrain import PretrainConfig, TrainConfig, save_config
+from tinylm.recipes import find_run
 from tinylm.tokenizer import Tokenizer
 
 TINY = replace(
@@ -159,10 +160,11 @@ class PanicException(BaseException):
     "error", [KeyError("beta"), RuntimeError("a\nb"), PanicException("overflow"), MemoryError()]
 )
 def test_what_nobody_has_foreseen_is_one_line_with_a_hint(call, monkeypatch, error):
-    def fail(argv):
+    def fail(config, block):
         raise error
 
-    monkeypatch.setitem(cli.COMMANDS, "info", fail)
+    broken = commands.COMMANDS["info"]._replace(run=fail)
+    monkeypatch.setitem(commands.COMMANDS, "info", broken)
     code, _, errors = call("info")
     hint = "not enough memory" if isinstance(error, MemoryError) else "TINYLM_DEBUG=1 shows where"
     assert code == 2 and hint in errors and len(errors.strip().splitlines()) == 1
@@ -196,20 +198,20 @@ def test_hints_name_the_command_that_made_a_run(place):
         (place / "half" / "checkpoints").mkdir(parents=True)
         save_config(place / "half", config)
         with pytest.raises(ValueError, match=f"`tinylm {command} --out .*half --resume` goes on"):
-            cli.find_run(str(place / "half"))
+            find_run(str(place / "half"))
     shutil.rmtree(place / "half")
 
 
 def test_a_speedrun_goes_on(call, place, monkeypatch):
     """It stops before anything is done if one of its runs is there, and `--resume`, which is the remedy, works."""
     typed = []
-    monkeypatch.setattr(cli, "type_and_run", lambda *words: typed.append(words))
+    monkeypatch.setattr(commands, "print_and_start", lambda *words: typed.append(words))
     shutil.copytree(place / "run", place / "speed" / "dpo")
     code, _, errors = call("speedrun --out speed")
     assert code == 2 and "use --resume, --overwrite or another --out" in errors and not typed
     assert call("speedrun --out speed --resume")[0] == 0
     assert [words[0] for words in typed] == ["pretrain", "sft", "sft", "dpo", "evaluate"]
-    assert all("--resume" in words for words in typed[:4])
+    assert all(values["resume"] for _, values in typed[:4])
     shutil.rmtree(place / "speed")
 
 

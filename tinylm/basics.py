@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['FieldError', 'check_fields', 'nearest', 'first_line', 'one_line_errors', 'flush_to_disk', 'write_folder',
-           'read_metrics']
+           'read_metrics', 'note']
 
 # %% ../nbs/09_basics.ipynb #41be0551
 import difflib
 import json
 import os
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -125,3 +126,10 @@ def read_metrics(run: Path) -> list[dict]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+# %% ../nbs/09_basics.ipynb #921fa919
+def note(text: str) -> None:
+    """Print on standard error what is being done."""
+    is_first_process = not int(os.environ.get("RANK", 0))
+    if is_first_process and not os.environ.get("TQDM_DISABLE"):
+        print(text, file=sys.stderr, flush=True)

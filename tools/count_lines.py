@@ -20,7 +20,7 @@ PARTS = {
     "7": "proofs",
 }
 # What is not the language model itself: the built-in corpus, other people's formats, experiments, the command line.
-AROUND = ("corpus", "hub", "recipes", "experiments", "cli")
+AROUND = ("corpus", "hub", "recipes", "experiments", "commands", "cli")
 
 
 def lines_of_code(source: str) -> int:
