@@ -123,7 +123,7 @@ def check_block(
         raise FieldError("model.block", required, remedy)
     if block is not Block:
         with block_errors(block), torch.device("meta"):
-            TinyLM(replace(config, num_hidden_layers=1), block=block)
+            TinyLM(config, block=block)
 
 # %% ../nbs/63_commands.ipynb #ff0e1b07
 def require_block(run: Path, block: type[Block]) -> None:

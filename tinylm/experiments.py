@@ -76,7 +76,7 @@ def changed(
     # A block is a class, and a recipe holds its name only.
     has_name = any(part.name == "block" for part in fields(ModelConfig))
     if "block" in changes and has_name:
-        model = replace(config.model, block=block_name(changes["block"]))  # type: ignore[call-arg]
+        model = replace(config.model, **{"block": block_name(changes["block"])})
         config = replace(config, model=model)
     return config
 
@@ -98,8 +98,7 @@ class MedianRule(Hook):
         max_steps = trainer.config.max_steps
         losses = [curve[step] for curve in self.rivals if step in curve]
         is_early = step < self.judge_from * max_steps
-        is_final = step >= max_steps
-        if is_early or is_final or len(losses) < 3:
+        if is_early or trainer.finished or len(losses) < 3:
             return
         if loss > median(losses):
             raise TrainingDiverged(f"dominated at step {step}: a loss of {loss:.4f}")

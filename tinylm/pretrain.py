@@ -755,6 +755,9 @@ SPIKES_TO_STOP = (
 class Hook:
     """Called by a trainer while it trains; override what you need."""
 
+    def on_gradients(self, trainer: Any, figures: dict[str, float]) -> None:
+        """After the backward pass of each step, before the weights change."""
+
     def on_step(self, trainer: Any, figures: dict[str, float]) -> None:
         """After each step, with its loss, gradient norm and learning rate."""
 
@@ -768,7 +771,19 @@ class Hook:
 class Trainer(Checkpointed):
     """The loop: train, and after each step do what is due."""
 
-    hooks = ()
+    hooks: tuple = ()
+    finished = False  # whether the last validation is under way
+
+    @property
+    def folder(self) -> Any:
+        """The folder of the run; `folder.out` is its path."""
+        return self
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint, and call the hooks."""
+        super().save_checkpoint()
+        for hook in self.hooks:
+            hook.on_checkpoint(self, checkpoints(self.out)[-1])
 
     samples_text = True  # whether the tokenizer can encode what samples begin with
     unit = "tokens"  # what `Progress.tokens` counts, for the progress bar; another stage may count something else
@@ -835,6 +850,8 @@ class Trainer(Checkpointed):
         loss, targets = self.backward(self.batches.batch(p.step))
         norm, mean = self.scale_gradients(targets), loss / max(1, targets)
         self.check(mean, norm)
+        for hook in self.hooks:
+            hook.on_gradients(self, {})
         self.update(p.step)
         p.recent.append((loss, targets, time.perf_counter() - begin))
         p.step, p.tokens, p.train_seconds = (
@@ -932,6 +949,7 @@ class Trainer(Checkpointed):
             p.best_loss, p.best_step, p.since_best = loss, p.step, 0
             if config.patience and self.rank == 0:
                 write_folder(self.out / "checkpoints" / "best", self.save_model)
+        self.finished = final
         for hook in self.hooks:
             hook.on_validation(self, loss)
         return loss
