@@ -644,7 +644,7 @@ def run_speedrun(config: SpeedrunConfig, block: type[Block]) -> None:
         target = {"out": folders[name], "train.max_steps": max_steps}
         print_and_start(command, {**values, **target, **common})
 
-    report = {"run": tuple(folders.values()), "out": f"{config.out}/report"}
+    report: dict[str, object] = {"run": tuple(folders.values()), "out": f"{config.out}/report"}
     if block is not Block:
         report["model.block"] = block_name(block)
     print_and_start("evaluate", report)

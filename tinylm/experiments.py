@@ -71,14 +71,12 @@ def changed(
         if name != "block":
             section, _, field_name = name.partition(".")
             values.setdefault(section, {})[field_name] = value
-    config = build(PretrainConfig, {"out": str(out), **values})
 
     # A block is a class, and a recipe holds its name only.
     has_name = any(part.name == "block" for part in fields(ModelConfig))
     if "block" in changes and has_name:
-        model = replace(config.model, **{"block": block_name(changes["block"])})
-        config = replace(config, model=model)
-    return config
+        values["model"]["block"] = block_name(changes["block"])
+    return build(PretrainConfig, {"out": str(out), **values})
 
 # %% ../nbs/62_experiments.ipynb #90098722
 class MedianRule(Hook):

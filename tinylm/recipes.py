@@ -180,7 +180,7 @@ def read_recipe(name: str, kind: type | None = None) -> Any:
         from tinylm.pretrain import PretrainConfig  # here, because it imports PyTorch
 
         kind = PretrainConfig
-    config = build(kind, values)
+    config: Any = build(kind, values)
     check_numbers(config)
     return config
 
