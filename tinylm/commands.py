@@ -479,7 +479,7 @@ class InfoConfig(PretrainConfig):
 
 
 def describe(
-    config: ModelConfig,
+    config: ModelConfig,  # the shape
     seq_len: int,  # tokens of a row
     block: type[Block] = Block,  # what the model is made of
 ) -> dict[str, dict[str, object]]:  # sections, each of names and values

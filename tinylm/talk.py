@@ -23,7 +23,7 @@ class Chat:
 
     def __init__(
         self,
-        model: TinyLM,
+        model: TinyLM,  # answers
         tokenizer: Tokenizer,  # with a chat template
         config: SamplingConfig,  # how the answers are drawn
         system: str = "",  # the instruction at the beginning of the conversation

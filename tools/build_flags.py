@@ -1,4 +1,4 @@
-"""Write tinylm/flags.json, help and flags of every command, from the table of commands; `--check`: is it up to date?
+"""Write tinylm/flags.json, help and flags of every command; `--check`: is it up to date?
 
 The command line reads that file first, so that help and typing mistakes need not wait for PyTorch.
 """
