@@ -426,6 +426,10 @@ class EvaluateConfig:
 def text_of_run(usual: EvaluateConfig, values: dict) -> EvaluateConfig:
     """Begin with the text that the first run was trained on."""
     run = find_run(values.get("run", usual.run)[0])
+    if values.get("out"):
+        check_writable(Path(values["out"]))
+
+    # What a run was trained on stands in its config.yaml, if it is not foreign.
     try:
         config = replace(usual, data=pretrained_by(run).data)
         is_foreign = trained_from(run) is None

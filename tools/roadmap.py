@@ -17,7 +17,10 @@ GROUPS = [
     ("3 data", ["30 corpus", "31 data"]),
     ("4 pretraining", ["43 pretrain", "44 evaluate"]),
     ("5 tuning", ["51 sft", "52 dpo", "55 talk"]),
-    ("6 use, study", ["60 hub", "61 recipes", "62 experiments", "63 commands", "64 cli", "70 proofs"]),
+    (
+        "6 use, study",
+        ["60 hub", "61 recipes", "62 experiments", "63 commands", "64 cli", "70 proofs"],
+    ),
 ]
 STAGES = [stage for _, stages in GROUPS for stage in stages]
 
