@@ -30,7 +30,11 @@ setup(
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     package_data={cfg["lib_path"]: ["py.typed", "recipes/*.yaml", "flags.json"]},
     install_requires=words("requirements"),
-    extras_require={key.removesuffix("_requirements"): words(key) for key in cfg if key.endswith("_requirements")},
+    extras_require={
+        key.removesuffix("_requirements"): words(key)
+        for key in cfg
+        if key.endswith("_requirements")
+    },
     entry_points={
         "console_scripts": words("console_scripts"),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

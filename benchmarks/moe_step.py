@@ -1,11 +1,13 @@
-"""What does routing cost? A training step with experts, beside a dense model that uses as many parameters per token.
+"""What does routing cost? A training step with experts, beside one of a dense model.
 
-    python benchmarks/moe_step.py                          256 wide, 4 layers, 2 of 8 experts, 512 wide each
+    python benchmarks/moe_step.py                          2 of 8 experts, 512 wide each
     python benchmarks/moe_step.py --modes fp32 --repeats 15
 
-Both are models of this library. The same batch, the same optimiser; they take turns in one process.
+Both are models of this library, and use the same number of parameters for a token. They have the
+same batch and the same optimizer, and take turns in one process.
 """
 
+import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,8 +17,9 @@ import tyro
 from common import LLAMA, report, take_turns
 from train_step import our_step, train_config
 
-from tinylm.model import TinyLM, count_parameters
-from tinylm.pretrain import matmul_precision
+from tinylm.cost import count_parameters
+from tinylm.engine import matmul_precision
+from tinylm.model import ModelConfig, TinyLM
 
 
 @dataclass
@@ -26,7 +29,9 @@ class Options:
     modes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")  # precisions of TrainConfig
     hidden_size: int = 256  # width
     layers: int = 4  # blocks
-    expert_size: int = 512  # width of an expert; the dense model is twice as wide, because two experts work
+    expert_size: int = (
+        512  # width of an expert; two work on a token, so the dense model has twice it
+    )
     rows: int = 8  # of a batch
     length: int = 256  # tokens of a row
     repeats: int = 9  # steps of which the median is taken
@@ -36,30 +41,73 @@ class Options:
     out: Path | None = None  # JSON file for the figures
 
 
+def make_configs(options: Options) -> dict[str, ModelConfig]:
+    """Return the shapes of the two models; two of eight experts work on each token."""
+    dense = replace(
+        LLAMA,
+        hidden_size=options.hidden_size,
+        num_hidden_layers=options.layers,
+        num_attention_heads=8,
+        intermediate_size=2 * options.expert_size,
+        vocab_size=4096,
+    )
+
+    # The same, with experts.
+    moe = replace(
+        dense,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=options.expert_size,
+    )
+    return {"moe": moe, "dense": dense}
+
+
+def measure(mode: str, options: Options) -> dict[str, list[float]]:
+    """Measure the seconds of each step of both models in one precision."""
+    torch.manual_seed(0)
+    configs = make_configs(options)
+    shape = (options.rows, options.length)
+    ids = torch.randint(configs["dense"].vocab_size, shape, device=options.device)
+    train = train_config(mode, options.rows, options.device)
+    steps = {}
+    for name, config in configs.items():
+        steps[name] = our_step(TinyLM(config).to(options.device), train, ids)
+
+    # The first steps take memory, and do not count.
+    with matmul_precision(train.precision):
+        take_turns(steps, options.warmup, options.device)
+        return take_turns(steps, options.repeats, options.device)
+
+
 def main(options: Options) -> None:
+    """Measure in every precision, and report."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    shape = dict(hidden_size=options.hidden_size, num_hidden_layers=options.layers, num_attention_heads=8)
-    dense = replace(LLAMA, **shape, intermediate_size=2 * options.expert_size, vocab_size=4096)
-    sparse = replace(dense, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=options.expert_size)
-    ids = torch.randint(dense.vocab_size, (options.rows, options.length), device=options.device)
-    rows, figures = [], {}
+    active = count_parameters(make_configs(options)["moe"])["active"]
+    rows = []
+    figures = {}
     for mode in options.modes:
-        train = train_config(mode, options.rows, options.device)
-        steps = {
-            name: our_step(TinyLM(c).to(options.device), train, ids) for name, c in (("moe", sparse), ("dense", dense))
+        seconds = measure(mode, options)
+
+        # Medians, and the ratio of each turn.
+        moe = statistics.median_high(seconds["moe"])
+        dense = statistics.median_high(seconds["dense"])
+        turns = zip(seconds["moe"], seconds["dense"], strict=True)
+        ratios = [moe_seconds / dense_seconds for moe_seconds, dense_seconds in turns]
+        figures[mode] = {
+            "moe_over_dense": moe / dense,
+            "lowest": min(ratios),
+            "highest": max(ratios),
         }
-        with matmul_precision(train.precision):
-            take_turns(steps, options.warmup, options.device)
-            seconds = take_turns(steps, options.repeats, options.device)
-        times = {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
-        ratios = sorted(a / b for a, b in zip(seconds["moe"], seconds["dense"], strict=True))
-        figures[mode] = {"moe_over_dense": times["moe"] / times["dense"], "lowest": ratios[0], "highest": ratios[-1]}
-        row = {"mode": mode, "active": f"{count_parameters(sparse)['active']:,}"}
-        row |= {f"{name} ms": f"{1000 * value:.1f}" for name, value in times.items()}
-        rows.append(
-            row | {"ratio": f"{figures[mode]['moe_over_dense']:.2f}", "range": f"{ratios[0]:.2f} to {ratios[-1]:.2f}"}
-        )
+        row = {
+            "mode": mode,
+            "active": f"{active:,}",
+            "moe ms": f"{1000 * moe:.1f}",
+            "dense ms": f"{1000 * dense:.1f}",
+            "ratio": f"{moe / dense:.2f}",
+            "range": f"{min(ratios):.2f} to {max(ratios):.2f}",
+        }
+        rows.append(row)
     report(rows, {"figures": figures}, options.device, options.out)
 
 

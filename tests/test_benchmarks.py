@@ -13,19 +13,25 @@ BENCHMARKS = ROOT / "benchmarks"
 
 
 def run(script: str, flags: str, out: Path) -> tuple[str, dict]:
-    """What the script prints and what it writes."""
-    command = [sys.executable, str(BENCHMARKS / script), *flags.split(), "--out", str(out)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    """Run a benchmark; return what it prints and what it writes."""
+    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *flags.split(), "--out", str(out)],
+        env={**os.environ, **settings},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(out.read_text("utf-8"))
 
 
 def test_train_step(tmp_path):
-    table, figures = run(
-        "train_step.py", "--shapes tiny --modes fp32 bf16 --repeats 1 --warmup 1", tmp_path / "step.json"
-    )
-    assert all(words in table for words in ("tinylm tokens/s", "transformers GFLOP/s", "best of each"))
+    flags = "--shapes tiny --modes fp32 bf16 --repeats 1 --warmup 1"
+    table, figures = run("train_step.py", flags, tmp_path / "step.json")
+    for words in ("tinylm tokens/s", "transformers GFLOP/s", "best of each"):
+        assert words in table
     modes = figures["shapes"]["tiny"]["modes"]
     assert list(modes) == ["fp32", "bf16"]
     for mode in modes.values():
@@ -42,7 +48,8 @@ def test_decode(tmp_path):
 
 
 def test_moe_step(tmp_path):
-    flags = "--modes fp32 --hidden-size 32 --layers 1 --expert-size 32 --rows 2 --length 16 --repeats 1 --warmup 1"
+    flags = "--modes fp32 --hidden-size 32 --layers 1 --expert-size 32 --rows 2 --length 16"
+    flags += " --repeats 1 --warmup 1"
     table, figures = run("moe_step.py", flags, tmp_path / "moe.json")
     assert "moe ms" in table and figures["figures"]["fp32"]["moe_over_dense"] > 0
 
@@ -54,6 +61,8 @@ def test_different_work_is_not_compared(monkeypatch):
 
     with pytest.raises(SystemExit, match="the losses are"):
         train_step.check_same_loss({"tinylm": lambda: 4.0, "transformers": lambda: 4.1}, "bf16")
-    monkeypatch.setattr(decode, "their_tokens", lambda model, prompts, new_tokens: [[0] * new_tokens])
+    monkeypatch.setattr(
+        decode, "their_tokens", lambda model, prompts, new_tokens: [[0] * new_tokens]
+    )
     with pytest.raises(SystemExit, match="the tokens differ"):
         decode.measure(decode.SHAPES["tiny"][0], 1, decode.Options(prompt_tokens=5, new_tokens=8))

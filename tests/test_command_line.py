@@ -1,4 +1,4 @@
-"""The command line as people use it: quick help, hints, chats, notes, and the commands of the README under torchrun."""
+"""The command line as people use it: quick help, hints, chats, notes, and torchrun."""
 
 import json
 import os
@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from tinylm.cli import COMMANDS, check_words, main, read_flags, stored_flags
+from tinylm.checkpoints import save_model
+from tinylm.cli import main, read_words, stored_commands
+from tinylm.recipes import spell_values
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = stored_commands()
 HEAVY = "torch|transformers|numpy|datasets|matplotlib"
 
 
@@ -48,9 +51,24 @@ def test_flags_are_those_of_the_configs():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-QUICK = [f"{name} --help" for name in COMMANDS] + ["help sft", "--version", "pretrain --recipe 25m --help"]
-QUICK += ["pretrian", "pretrain --train.max-stepz 3", "pretrain --train.max-steps many", "sft --lora.rank 4"]
-QUICK += ["chat --run nowhere", "evaluate nowhere", "dpo --betta 0.1", "pretrain --recipe defualt", "pretrain my.text"]
+QUICK = [f"{name} --help" for name in COMMANDS] + [
+    "help sft",
+    "--version",
+    "pretrain --recipe 25m --help",
+]
+QUICK += [
+    "pretrian",
+    "pretrain --train.max-stepz 3",
+    "pretrain --train.max-steps many",
+    "sft --lora.rank 4",
+]
+QUICK += [
+    "chat --run nowhere",
+    "evaluate nowhere",
+    "dpo --betta 0.1",
+    "pretrain --recipe defualt",
+    "pretrain my.text",
+]
 QUICK += ["sweep --chang '{}'", "info --recipe typo.yaml", "pretrain --recipe typo.yaml"]
 
 
@@ -73,7 +91,7 @@ for command in {QUICK!r}:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command_lists_its_flags(command, capsys):
     code, out, _ = answer(capsys, f"{command} --help")
-    flags = [flag for flag in stored_flags(command) if flag.kind != "section"]
+    flags = [flag for flag in COMMANDS[command].flags if flag.kind != "section"]
     assert code == 0 and flags
     assert all(f"--{flag.name.replace('_', '-')}" in out and flag.help for flag in flags)
     assert answer(capsys, f"help {command}")[1] == out
@@ -81,7 +99,14 @@ def test_help_of_a_command_lists_its_flags(command, capsys):
 
 def test_help_shows_what_matters_first(capsys):
     out = answer(capsys, "pretrain --help")[1]
-    order = ["--recipe", "--out", "--train.max-steps", "--data.path", "--model.hidden-size", "--model.kv-lora-rank"]
+    order = [
+        "--recipe",
+        "--out",
+        "--train.max-steps",
+        "--data.path",
+        "--model.hidden-size",
+        "--model.kv-lora-rank",
+    ]
     places = [out.index(flag) for flag in order]
     assert places == sorted(places)
     assert "(default: 1300)" in answer(capsys, "pretrain --recipe shakespeare-char --help")[1]
@@ -100,7 +125,9 @@ MISTAKES = {
     "generate ./": "'./' is a folder; write --run ./",
     "chat a b": "'b' belongs to no flag",
     "help pretrian": "did you mean 'pretrain'",
-    "pretrain --recipe typo.yaml": "train.max_step is no field of a recipe: did you mean 'max_steps'?",
+    "pretrain --recipe typo.yaml": (
+        "train.max_step is no field of a recipe: did you mean 'max_steps'?"
+    ),
 }
 
 
@@ -126,34 +153,36 @@ def test_nothing_is_colored_in_a_terminal(capsys, monkeypatch):
 # ---- What people type ----
 
 
-SPELLINGS = {
-    "pretrain --train.fsdp True": "--train.fsdp",
-    "pretrain --train.fsdp=false": "--train.no-fsdp",
-    "pretrain --resume true --train.max_steps 1e3": "--resume --train.max-steps 1000",
-    "pretrain text.txt --overwrite": "--overwrite --data.path text.txt",
-    "pretrain --overwrite text.txt": "--overwrite --data.path text.txt",
-    "pretrain 25m": "--recipe 25m",
-    "pretrain --model.head-dim None": "--model.head-dim None",
-    "generate 'One day' --run run": "--run run --prompt 'One day'",
-    "chat run": "--run run",
-    "sft run": "--run run",
-    "export run": "--run run",
-    "evaluate run run --stories 3": "run run --stories 3",
-    "evaluate --stories 3 run": "run --stories 3",
-    "sft run --lora.target-modules q_proj v_proj": "--lora.target-modules q_proj v_proj --run run",
-    "sft run --lora.init-lora-weights pissa": "--lora.init-lora-weights pissa --run run",
+UNDERSTOOD = {
+    "pretrain --train.fsdp True": {"train.fsdp": True},
+    "pretrain --train.fsdp=false": {"train.fsdp": False},
+    "pretrain --resume true --train.max_steps 1e3": {"resume": True, "train.max_steps": 1000},
+    "pretrain text.txt --overwrite": {"overwrite": True, "data.path": "text.txt"},
+    "pretrain --overwrite text.txt": {"overwrite": True, "data.path": "text.txt"},
+    "pretrain 25m": {"recipe": "25m"},
+    "pretrain --model.head-dim None": {"model.head_dim": None},
+    "generate 'One day' --run run": {"run": "run", "prompt": "One day"},
+    "chat run": {"run": "run"},
+    "sft run": {"run": "run"},
+    "export run": {"run": "run"},
+    "evaluate run run --stories 3": {"run": ("run", "run"), "stories": 3},
+    "evaluate --stories 3 run": {"run": ("run",), "stories": 3},
+    "sft run --lora.target-modules q_proj v_proj": {
+        "run": "run",
+        "lora.target_modules": ("q_proj", "v_proj"),
+    },
+    "sft run --lora.init-lora-weights pissa": {"run": "run", "lora.init_lora_weights": "pissa"},
 }
 
 
-@pytest.mark.parametrize("command", SPELLINGS)
+@pytest.mark.parametrize("command", UNDERSTOOD)
 def test_what_people_type_is_understood(command, tmp_path):
     (tmp_path / "text.txt").write_text("a text")
     (tmp_path / "run").mkdir()
     name, *words = shlex.split(command)
-    words = check_words(name, words)
-    assert words == shlex.split(SPELLINGS[command])
-    values, runs = read_flags(stored_flags(name), words, name)
-    assert values and runs == [word for word in words if word == "run" and name == "evaluate"]
+    values = read_words(name, words)
+    assert values == UNDERSTOOD[command]
+    assert read_words(name, spell_values(values, stored_commands()[name].flags)) == values
 
 
 # ---- Commands on a run ----
@@ -164,16 +193,21 @@ def run(tmp_path_factory):
     """An untrained model with a tokenizer; greedily it never ends its answers."""
     import torch
 
+    from tinylm.chat_template import Tokenizer
     from tinylm.model import ModelConfig, TinyLM
-    from tinylm.tokenizer import Tokenizer
 
     folder = tmp_path_factory.mktemp("runs") / "small"
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(["the cat sat on the mat and the dog sat on the cat"] * 9, 290)
-    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 20_000}
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 20_000,
+    }
     model = TinyLM(ModelConfig(vocab_size=len(tokenizer), **shape))
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    model.save_pretrained(folder, **{name: getattr(tokenizer, name) for name in names})
+    save_model(model, folder, **{name: getattr(tokenizer, name) for name in names})
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -181,8 +215,9 @@ def run(tmp_path_factory):
 @pytest.fixture
 def talk(run):
     """A conversation in this process, with answers of at most 5 tokens in a context of 60."""
-    from tinylm.cli import Chat, open_model
+    from tinylm.commands import open_model
     from tinylm.generate import SamplingConfig
+    from tinylm.talk import Chat
 
     model, tokenizer = open_model(run, "cpu")
     object.__setattr__(model.config, "max_position_embeddings", 60)
@@ -223,7 +258,9 @@ class Terminal:
         import pty
 
         self.screen, inside = pty.openpty()
-        self.command = subprocess.Popen(words, stdin=inside, stdout=inside, stderr=inside, start_new_session=True)
+        self.command = subprocess.Popen(
+            words, stdin=inside, stdout=inside, stderr=inside, start_new_session=True
+        )
         os.close(inside)
         self.text = ""
 
@@ -243,8 +280,9 @@ class Terminal:
 
 def test_chat_in_a_terminal(run):
     pytest.importorskip("readline")
-    code = "import os, sys, fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from tinylm.cli import main; "
-    words = [sys.executable, "-c", f"{code}sys.exit(main(sys.argv[1:]))", "chat", str(run)]
+    code = "import os, sys, fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    code += "from tinylm.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-c", code, "chat", str(run)]
     terminal = Terminal([*words, "--max-new-tokens", "15000"])
     assert "/reset to forget, /save FILE to keep, /exit or Ctrl-D to end" in terminal.wait_for("> ")
     terminal.type("the cat\n")
@@ -255,7 +293,7 @@ def test_chat_in_a_terminal(run):
     terminal.wait_for("> ")
     terminal.type("\x03")  # and while nothing is said
     terminal.wait_for("(/exit or Ctrl-D ends the chat)")
-    terminal.type("/savw it.json\x1b[D" + "\x1b[D" * 7 + "\x7fe\n")  # go back with the arrow, and correct
+    terminal.type("/savw it.json" + "\x1b[D" * 8 + "\x7fe\n")  # go back with the arrow, and correct
     terminal.wait_for("(saved in it.json)")
     terminal.type("\x1b[A\n")  # the line before
     terminal.wait_for("(it.json is there already")
@@ -265,26 +303,37 @@ def test_chat_in_a_terminal(run):
         os.close(terminal.screen)
 
 
-def test_evaluate_of_two_runs_lines_up(run, tmp_path, capsys, monkeypatch):
+def test_evaluate_of_two_runs_lines_up(run, tmp_path, capsys, monkeypatch, progress_bars):
     (tmp_path / "mine.txt").write_text("the cat sat on the mat\n" * 50)
     monkeypatch.setenv("TINYLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("TQDM_DISABLE")
     (tmp_path / "other").symlink_to(run)
-    code, out, err = answer(capsys, f"evaluate {run} other --data.path mine.txt --data.seq-len 64 --out report")
+    code, out, err = answer(
+        capsys, f"evaluate {run} other --data.path mine.txt --data.seq-len 64 --out report"
+    )
     table = [line for line in out.splitlines() if line.startswith("|")]
     assert code == 0 and len(table) > 3 and len({len(line) for line in table}) == 1
-    for said in ("loading PyTorch", "reading mine.txt", "measuring other", "measure the loss"):
-        assert said in err
+    for note in ("loading PyTorch", "reading mine.txt", "measuring other", "measure the loss"):
+        assert note in err
     report = (tmp_path / "report" / "report.md").read_text()
     assert report.strip() == "\n".join(table)
 
 
-UNWRITABLE = ["pretrain", "sft {run}", "dpo {run}", "evaluate {run}", "export {run}", "sweep", "speedrun"]
+UNWRITABLE = [
+    "pretrain",
+    "sft {run}",
+    "dpo {run}",
+    "evaluate {run}",
+    "export {run}",
+    "sweep",
+    "speedrun",
+]
 
 
 @pytest.mark.parametrize("command", UNWRITABLE)
 def test_unwritable_out_is_refused_at_once(command, run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("tinylm.data.prepare", lambda *args, **more: pytest.fail("the text was read first"))
+    monkeypatch.setattr(
+        "tinylm.token_cache.prepare", lambda *args, **more: pytest.fail("the text was read first")
+    )
     (tmp_path / "file").write_text("")
     code, out, err = answer(capsys, f"{command.format(run=run)} --out file/runs/new")
     assert code == 2 and err.count("\n") == 1 and "out='file/runs/new" in err
@@ -300,19 +349,24 @@ train: {max_steps: 4, batch_size: 2, eval_interval: 2, sample_tokens: 1, sample_
 """
 
 
-def test_sweep_of_a_recipe_says_how_far_it_is(tmp_path, capsys, monkeypatch):
+def test_sweep_of_a_recipe_says_how_far_it_is(tmp_path, capsys, monkeypatch, progress_bars):
     monkeypatch.setenv("TINYLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("TQDM_DISABLE")
     (tmp_path / "mine.txt").write_text("the cat sat on the mat\n" * 50)
     (tmp_path / "small.yaml").write_text(SMALL)
     change = "'{train.learning_rate: [1e-3, 5E-3]}'"
-    code, out, err = answer(capsys, f"sweep --recipe small.yaml --change {change} --seeds 1 --out search")
+    code, out, err = answer(
+        capsys, f"sweep --recipe small.yaml --change {change} --seeds 1 --out search"
+    )
     assert code == 0
     assert "2 trials, then 1 runs of the best with other seeds; all are kept in search" in err
     announced = [line for line in re.split("[\r\n]", err) if line.startswith("run ")]
     assert re.fullmatch(r"run 1 of 3: learning_rate=0.00\d, seed 0", announced[0])
-    assert {line.split(": ")[1] for line in announced[:2]} == {f"learning_rate={x}, seed 0" for x in (0.001, 0.005)}
-    assert re.search(r"run 3 of 3, about \d:\d\d:\d\d left", err) and "above the floor, after" in err
+    assert {line.split(": ")[1] for line in announced[:2]} == {
+        f"learning_rate={x}, seed 0" for x in (0.001, 0.005)
+    }
+    assert (
+        re.search(r"run 3 of 3, about \d:\d\d:\d\d left", err) and "above the floor, after" in err
+    )
     assert "files: search/table.md search/results.jsonl search/sweep.png" in out
     words = shlex.split(re.search("^next:  tinylm (.*)$", out, re.M)[1])
     assert words[:2] == ["pretrain", "--recipe"] and Path(words[2]).exists()
@@ -327,10 +381,15 @@ def test_every_flag_passes_through_torchrun():
     from torch.distributed.run import parse_args
 
     for command in COMMANDS:
-        for flag in stored_flags(command):
+        for flag in COMMANDS[command].flags:
             words = [command, f"--{flag.name.replace('_', '-')}", "x"]
-            if flag.kind != "section" and flag.name != "run":  # taken for --run-path: the run is a word without a flag
-                assert parse_args(["--standalone", "-m", "tinylm", *words]).training_script_args == words
+            if (
+                flag.kind != "section" and flag.name != "run"
+            ):  # taken for --run-path: the run is a word without a flag
+                assert (
+                    parse_args(["--standalone", "-m", "tinylm", *words]).training_script_args
+                    == words
+                )
 
 
 def test_the_mark_behind_the_flags_of_torchrun_is_no_command(capsys):
@@ -341,34 +400,55 @@ def test_readme_gives_torchrun_no_flag_that_it_takes_for_its_own():
     from torch.distributed.run import parse_args
 
     lines = re.findall(r"^torchrun (.*)$", (ROOT / "README.md").read_text("utf-8"), re.M)
-    commands = [parse_args(shlex.split(line, comments=True)).training_script_args[0] for line in lines]
+    commands = [
+        parse_args(shlex.split(line, comments=True)).training_script_args[0] for line in lines
+    ]
     assert {"pretrain", "sft"} <= set(commands)
 
 
 # ---- Numbers in YAML ----
 
 
-@pytest.mark.parametrize("number", ["1.0e-3", "1E-3", "1.e-3", ".1e-2", "+1e-3", "0.001", "1e-03", "10.0E-4"])
+@pytest.mark.parametrize(
+    "number", ["1.0e-3", "1E-3", "1.e-3", ".1e-2", "+1e-3", "0.001", "1e-03", "10.0E-4"]
+)
 def test_numbers_with_an_exponent(number, tmp_path):
-    from tinylm.cli import read_recipe
+    from tinylm.recipes import read_recipe
 
     fields = f"learning_rate: {number}, betas: [9e-1, {number}], max_steps: 1e3, batch_size: 1.6E1"
     scaling = "{rope_type: linear, factor: 4E0}"
-    (tmp_path / "numbers.yaml").write_text(f"train: {{{fields}}}\nmodel: {{rope_scaling: {scaling}}}\nout: 1e5")
+    (tmp_path / "numbers.yaml").write_text(
+        f"train: {{{fields}}}\nmodel: {{rope_scaling: {scaling}}}\nout: 1e5"
+    )
     recipe = read_recipe("numbers.yaml")
     assert (recipe.train.learning_rate, recipe.train.betas) == (0.001, (0.9, 0.001))
     assert (recipe.train.max_steps, recipe.train.batch_size, recipe.out) == (1000, 16, "1e5")
     assert recipe.model.rope_scaling["factor"] == 4.0
 
 
-def test_tokenizing_and_measuring_show_a_bar(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("TQDM_DISABLE")
-    chat = {"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]}
+def test_tokenizing_and_measuring_show_a_bar(run, tmp_path, capsys, monkeypatch, progress_bars):
+    chat = {
+        "messages": [
+            {"role": "user", "content": "the cat"},
+            {"role": "assistant", "content": "sat"},
+        ]
+    }
     pair = {"prompt": "the cat", "chosen": "sat", "rejected": "the dog"}
     few = "--train.max-steps 1 --train.batch-size 2 --train.sample-tokens 1 --data.seq-len 64"
-    for command, record, bar in (("sft", chat, "tokenize the conversations"), ("dpo", pair, "tokenize the pairs")):
-        (tmp_path / "data.jsonl").write_text("".join(json.dumps(record | {"n": n}) + "\n" for n in range(9)))
-        code, _, err = answer(capsys, f"{command} {run} --out {command} --data.path data.jsonl {few}")
+    for command, record, bar in (
+        ("sft", chat, "tokenize the conversations"),
+        ("dpo", pair, "tokenize the pairs"),
+    ):
+        (tmp_path / "data.jsonl").write_text(
+            "".join(json.dumps(record | {"n": n}) + "\n" for n in range(9))
+        )
+        code, _, err = answer(
+            capsys, f"{command} {run} --out {command} --data.path data.jsonl {few}"
+        )
         assert code == 0, err
-        for what in (f"opening {run}; chats: data.jsonl; run: {command}", bar, "measure the validation loss"):
+        for what in (
+            f"opening {run}; chats: data.jsonl; run: {command}",
+            bar,
+            "measure the validation loss",
+        ):
             assert what in err

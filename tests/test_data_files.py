@@ -21,18 +21,25 @@ import torch
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tinylm import data
+from tinylm import files, token_cache
+from tinylm.chat import to_messages
+from tinylm.chat_template import Tokenizer
+from tinylm.checkpoints import save_model
 from tinylm.cli import main
 from tinylm.corpus import Story, stories
-from tinylm.data import DataConfig, TokenFile, open_hub, prepare, read_splits, tokenise
+from tinylm.data import TokenFile
+from tinylm.files import DataConfig, open_hub, read_splits
 from tinylm.model import ModelConfig, TinyLM
-from tinylm.sft import to_messages
-from tinylm.tokenizer import Tokenizer
+from tinylm.token_cache import prepare, tokenize
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = replace(ModelConfig(), vocab_size=300, hidden_size=32, num_hidden_layers=1, max_position_embeddings=64)
+TINY = replace(
+    ModelConfig(), vocab_size=300, hidden_size=32, num_hidden_layers=1, max_position_embeddings=64
+)
 SHORT = "--train.max-steps 1 --train.batch-size 2 --data.seq-len 32 --train.sample-tokens 3".split()
-ANSWERS = [{"instruction": f"Sing line {i}.", "output": f'"La"\nand "lo", {i} times'} for i in range(6)]
+ANSWERS = [
+    {"instruction": f"Sing line {i}.", "output": f'"La"\nand "lo", {i} times'} for i in range(6)
+]
 TALES = [story.text for story in islice(stories(7), 300)]
 
 
@@ -41,7 +48,7 @@ def run(tmp_path_factory) -> Path:
     """A small model and its tokenizer."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
-    TinyLM(TINY).save_pretrained(folder)
+    save_model(TinyLM(TINY), folder)
     Tokenizer.train(TALES, 300).save_pretrained(folder)
     return folder
 
@@ -83,7 +90,9 @@ WRITERS = [write_array, write_lines, write_folder, write_folder_of_arrays]
 def test_one_odd_value_is_named_and_changes_no_other(tmp_path, monkeypatch, write, value):
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path, spoiled(value))
-    with pytest.raises(ValueError, match=r"^path: 'songs[\w./]*', record 4: messages\[1\]=.* needs a role") as error:
+    with pytest.raises(
+        ValueError, match=r"^path: 'songs[\w./]*', record 4: messages\[1\]=.* needs a role"
+    ) as error:
         list(read_splits(DataConfig(path=path), to_messages)[0]())
     assert "\n" not in str(error.value)
     parts = read_splits(DataConfig(path=path), lambda record: record["output"])
@@ -94,7 +103,9 @@ def test_one_odd_value_is_named_and_changes_no_other(tmp_path, monkeypatch, writ
 def test_sft_refuses_the_record_by_name(tmp_path, monkeypatch, run, capsys):
     monkeypatch.chdir(tmp_path)
     write_array(tmp_path, spoiled(5))
-    assert main(["sft", "--run", str(run), "--out", "new", "--data.path", "songs.json", *SHORT]) == 2
+    assert (
+        main(["sft", "--run", str(run), "--out", "new", "--data.path", "songs.json", *SHORT]) == 2
+    )
     assert "path: 'songs.json', record 4: messages[1]" in capsys.readouterr().err
     assert not Path("new").exists()
 
@@ -114,12 +125,18 @@ def test_a_dataset_of_the_hub_is_not_turned_into_json(tmp_path, monkeypatch, str
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     write_folder_of_arrays(tmp_path, ANSWERS[:3])  # a local folder stands for it
     config = DataConfig(path=str(tmp_path / "songs"), streaming=streaming)
-    read = [answer for batch in open_hub(config)["train"].iter(batch_size=9) for answer in batch["output"]]
+    read = [
+        answer
+        for batch in open_hub(config)["train"].iter(batch_size=9)
+        for answer in batch["output"]
+    ]
     assert read == [record["output"] for record in [ANSWERS[0], *ANSWERS[:3]]]
     write_array(tmp_path / "songs", spoiled(5))
     with pytest.raises(Exception, match="(?s)."):
         for batch in open_hub(config)["train"].iter(batch_size=9):
-            assert all(answer in read or answer == ANSWERS[4]["output"] for answer in batch["output"])
+            assert all(
+                answer in read or answer == ANSWERS[4]["output"] for answer in batch["output"]
+            )
 
 
 @pytest.mark.parametrize(
@@ -135,7 +152,7 @@ def test_a_dataset_of_the_hub_is_not_turned_into_json(tmp_path, monkeypatch, str
 def test_a_broken_json_file_is_one_line(tmp_path, content, message):
     (tmp_path / "poems.json").write_text(content)
     with pytest.raises(ValueError, match=message) as error:
-        data.load_documents(DataConfig(path=str(tmp_path / "poems.json")))
+        files.load_documents(DataConfig(path=str(tmp_path / "poems.json")))
     assert "\n" not in str(error.value) and "poems.json" in str(error.value)
 
 
@@ -148,7 +165,9 @@ def trained(normalizer, pre_tokenizer, decoder=None, model=None, trainer=None) -
         backend.pre_tokenizer = pre_tokenizer
     options = {"vocab_size": 500, "special_tokens": ["<unk>", "</s>"], "show_progress": False}
     backend.train_from_iterator(TALES[:100], (trainer or trainers.BpeTrainer)(**options))
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"))
+    return Tokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    )
 
 
 LLAMA3 = (
@@ -161,16 +180,23 @@ FAMILIES = {
     "characters": lambda: Tokenizer.from_chars("".join(TALES) + ODD),
     "gpt2": lambda: trained(None, pre_tokenizers.ByteLevel(add_prefix_space=False)),
     "prefix space": lambda: trained(None, pre_tokenizers.ByteLevel(add_prefix_space=True)),
-    "llama3": lambda: trained(None, pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES])),
+    "llama3": lambda: trained(
+        None, pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES])
+    ),
     "qwen": lambda: trained(
-        normalizers.NFC(), pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES])
+        normalizers.NFC(),
+        pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES]),
     ),
     "digits": lambda: trained(
         None,
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+        pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        ),
     ),
     "llama2": lambda: trained(
-        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None, decoders.Metaspace()
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        None,
+        decoders.Metaspace(),
     ),
     "metaspace first": lambda: trained(None, pre_tokenizers.Metaspace(prepend_scheme="first")),
     "unigram": lambda: trained(
@@ -187,9 +213,14 @@ FAMILIES = {
     ),
 }
 DRAW = random.Random(3)
-SCRAPS = ["a", "bc ", " ", "  ", "\n", "\r\n", "12", "'s", "!", "…", "é", "e\u0301", "猫", ".\n"]
+SCRAPS = ["a", "bc ", " ", "  ", "\n", "\r\n", "12", "'s", "!", "…", "é", "e\u0301", "猫"]
+SCRAPS.append(".\n")
 ODD = "".join(DRAW.choices(SCRAPS, k=9000))
-LONG = {"words": " ".join(TALES[:60]), "odd": ODD, "no spaces": "".join(DRAW.choices("acgt", k=12_000))}
+LONG = {
+    "words": " ".join(TALES[:60]),
+    "odd": ODD,
+    "no spaces": "".join(DRAW.choices("acgt", k=12_000)),
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -203,25 +234,35 @@ def test_pieces_of_a_long_text_have_the_ids_of_the_whole(family):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
-def test_a_long_document_is_encoded_in_pieces_and_its_bytes_are_counted(tmp_path, monkeypatch, kind):
+def test_a_long_document_is_encoded_in_pieces_and_its_bytes_are_counted(
+    tmp_path, monkeypatch, kind, progress_bars
+):
     text = "\n".join(TALES) * 3 + "é"
-    tokenizer = data.TOKENIZERS[kind](DataConfig(), lambda: iter([Story(text, np.nan)]), lambda: iter([]))
-    whole, sizes, bars = tokenizer.encode_document(text), [], []
+    tokenizer = token_cache.TOKENIZERS[kind](
+        DataConfig(), lambda: iter([Story(text, np.nan)]), lambda: iter([])
+    )
+    whole = tokenizer.encode_document(text)
+    sizes = []
+    bars = []
     real = Tokenizer.encode_batch
 
     def encode_batch(self, texts):
         sizes.append(sum(map(len, texts)))
         return real(self, texts)
 
-    class Bar(data.tqdm):
+    class Bar(token_cache.tqdm):
         def close(self):
             bars.append((self.unit, self.n))
             super().close()
 
     monkeypatch.setattr(Tokenizer, "encode_batch", encode_batch)
-    monkeypatch.setattr(data, "GROUP", 100_000)
-    monkeypatch.setattr(data, "tqdm", Bar)
-    counts = tokenise(lambda: iter([Story("the cat", np.nan), Story(text, np.nan)]), tokenizer, tmp_path / "tokens")
+    monkeypatch.setattr(token_cache, "GROUP", 100_000)
+    monkeypatch.setattr(token_cache, "tqdm", Bar)
+    counts = tokenize(
+        lambda: iter([Story("the cat", np.nan), Story(text, np.nan)]),
+        tokenizer,
+        tmp_path / "tokens",
+    )
     assert TokenFile(tmp_path / "tokens").tokens(1).tolist() == whole
     assert max(sizes) < 200_000 < len(text)
     assert counts["bytes"] == len(("the cat" + text).encode())
@@ -242,9 +283,14 @@ def test_ordinary_text_has_the_words_of_gpt2():
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     ours = Tokenizer.train([*TALES, ODD], 700)
-    options = {"special_tokens": ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"], "show_progress": False}
+    options = {
+        "special_tokens": ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"],
+        "show_progress": False,
+    }
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=700, min_frequency=2, initial_alphabet=alphabet, **options)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, min_frequency=2, initial_alphabet=alphabet, **options
+    )
     backend.train_from_iterator([*TALES, ODD], trainer)
     assert ours.hf_tokenizer.get_vocab() == backend.get_vocab()
     for text in (*TALES[:9], ODD):
@@ -254,7 +300,7 @@ def test_ordinary_text_has_the_words_of_gpt2():
 def test_ctrl_c_ends_the_learning_of_a_tokenizer():
     code = """
 import random
-from tinylm.tokenizer import Tokenizer
+from tinylm.chat_template import Tokenizer
 text = "".join(random.Random(0).choices("acgt", k=5_000_000))
 print("begins", flush=True)
 try:
@@ -264,7 +310,9 @@ except KeyboardInterrupt:
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "begins\n"
     time.sleep(2)
     process.send_signal(signal.SIGINT)
@@ -276,17 +324,17 @@ except KeyboardInterrupt:
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Every attempt to reach a host is noted and fails, though no environment variable forbids it."""
-    asked = []
+    """Every attempt to reach a host fails and is listed; no environment variable forbids it."""
+    attempts = []
 
     def refuse(*args, **options):
-        asked.append(args)
+        attempts.append(args)
         raise OSError("a host was asked")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    return asked
+    return attempts
 
 
 def test_local_files_need_no_host(tmp_path, monkeypatch, no_network, run):
@@ -295,7 +343,14 @@ def test_local_files_need_no_host(tmp_path, monkeypatch, no_network, run):
     write_lines(tmp_path, ANSWERS)
     pairs = [{"prompt": "Sing.", "chosen": f"La {i}.", "rejected": "No."} for i in range(6)]
     datasets.Dataset.from_list(pairs).to_parquet("pairs.parquet")
-    model = ["--model.hidden-size", "32", "--model.num-hidden-layers", "1", "--data.cache-dir", "cache"]
+    model = [
+        "--model.hidden-size",
+        "32",
+        "--model.num-hidden-layers",
+        "1",
+        "--data.cache-dir",
+        "cache",
+    ]
     model += ["--data.vocab-size", "300"]
     assert main(["pretrain", "--out", "a", "--data.path", "tales.txt", *model, *SHORT]) == 0
     assert main(["sft", "--run", "a", "--out", "b", "--data.path", "songs.jsonl", *SHORT]) == 0
@@ -303,7 +358,9 @@ def test_local_files_need_no_host(tmp_path, monkeypatch, no_network, run):
     assert no_network == []
 
 
-@pytest.mark.parametrize("path", ["tales.tx/x.txt", "./tales", "~/no tales", "/no/tales", "tales.jsonl", "here/tales"])
+@pytest.mark.parametrize(
+    "path", ["tales.tx/x.txt", "./tales", "~/no tales", "/no/tales", "tales.jsonl", "here/tales"]
+)
 def test_a_mistyped_path_fails_at_once(tmp_path, monkeypatch, no_network, capsys, path):
     monkeypatch.chdir(tmp_path)
     Path("here").mkdir()
@@ -337,10 +394,13 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_cache_is_made_anew(tmp_path, capsys, damage):
-    config = DataConfig(stories=20, validation_stories=3, vocab_size=300, cache_dir=str(tmp_path / "cache"))
+    config = DataConfig(
+        stories=20, validation_stories=3, vocab_size=300, cache_dir=str(tmp_path / "cache")
+    )
     first = prepare(config)
-    kept = {path: path.read_bytes() for path in sorted(first.folder.rglob("*")) if path.is_file()}
-    for path, content in kept.items():
+    files = [path for path in sorted(first.folder.rglob("*")) if path.is_file()]
+    contents = {path: path.read_bytes() for path in files}
+    for path, content in contents.items():
         DAMAGES[damage](path)
         prepare(config)
         assert path.read_bytes() == content
@@ -351,7 +411,9 @@ def test_a_damaged_cache_is_made_anew(tmp_path, capsys, damage):
 
 
 def test_a_cache_that_cannot_be_replaced_names_its_folder(tmp_path, monkeypatch):
-    config = DataConfig(stories=20, validation_stories=3, vocab_size=300, cache_dir=str(tmp_path / "cache"))
+    config = DataConfig(
+        stories=20, validation_stories=3, vocab_size=300, cache_dir=str(tmp_path / "cache")
+    )
     folder = prepare(config).folder
     flip(folder / "train" / "tokens.bin")
 

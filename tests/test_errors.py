@@ -1,4 +1,4 @@
-"""What is read from disk or given by a flag is checked before it is used; whatever is left becomes one line."""
+"""Files and flags are checked before they are used; any other error becomes one line."""
 
 import io
 import json
@@ -9,15 +9,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tinylm import cli
+from tinylm import commands
+from tinylm.chat_template import Tokenizer
+from tinylm.checkpoints import save_model
 from tinylm.cli import main
-from tinylm.data import DataConfig
 from tinylm.dpo import DPOConfig
+from tinylm.files import DataConfig
 from tinylm.model import ModelConfig, TinyLM
-from tinylm.pretrain import PretrainConfig, TrainConfig, save_config
-from tinylm.tokenizer import Tokenizer
+from tinylm.pretrain import PretrainConfig, TrainConfig
+from tinylm.recipes import find_run
+from tinylm.runs import save_config
 
-TINY = replace(ModelConfig(), vocab_size=300, hidden_size=32, num_hidden_layers=1, max_position_embeddings=128)
+TINY = replace(
+    ModelConfig(), vocab_size=300, hidden_size=32, num_hidden_layers=1, max_position_embeddings=128
+)
 WORDS = "the owl sat on the roof. where is the owl? on the roof. "
 
 
@@ -25,14 +30,14 @@ def checkpoint(folder, **entries):
     """Write a small model and its tokenizer, with other entries in config.json."""
     torch.manual_seed(0)
     Tokenizer.train([WORDS] * 9, 300).save_pretrained(folder)
-    TinyLM(TINY).save_pretrained(folder)
+    save_model(TinyLM(TINY), folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a small run, pairs to tune it on, and copies of it with one broken file each."""
+    """A folder with a small run, pairs to tune it on, and copies with one broken file each."""
     folder = tmp_path_factory.mktemp("errors")
     checkpoint(folder / "run")
     save_config(folder / "run", PretrainConfig(data=DataConfig(seq_len=64)))
@@ -55,7 +60,10 @@ def place(tmp_path_factory):
     for name, (file, content) in broken.items():
         shutil.copytree(folder / "run", folder / name)
         (folder / name / file).write_bytes(content)
-    for name, entries in {"text": {"hidden_size": "wide"}, "huge": {"hidden_size": 400_000_000}}.items():
+    for name, entries in {
+        "text": {"hidden_size": "wide"},
+        "huge": {"hidden_size": 400_000_000},
+    }.items():
         checkpoint(folder / f"json-{name}", **entries)
     checkpoint(folder / "json-long", max_position_embeddings=10**11)
     pair = {"prompt": "where is the owl?", "chosen": "on the roof.", "rejected": "on the mat."}
@@ -123,13 +131,15 @@ FLAGS = {  # a command: what its line says
     "pretrain --model.num-hidden-layers 100000000": "num_hidden_layers=100000000",
     "pretrain --model.max-position-embeddings 10000000000": "max_position_embeddings=10000000000",
     "pretrain --model.num-experts 100000000": "parameters need",
-    "pretrain --data.vocab-size 1000000000000": "must be at most 1,048,576",
+    "pretrain --data.vocab-size 1000000000000": "use at most 1,048,576",
     "pretrain --train.num-threads 100000": "train.num_threads=100000: give a number from 1 to",
     "pretrain --train.batch-size 1000000000": "make data.seq_len or train.batch_size smaller",
     "pretrain --train.learning-rate inf": "train.learning_rate=inf: give a finite number",
     "pretrain --train.seed 99999999999999999999": "at most 64 bits",
-    "pretrain --model.rms-norm-eps nan": "rms_norm_eps is nan: use a finite number",
-    "evaluate run --data.seq-len 100000": "data.seq_len=100000 is above max_position_embeddings=128 of run",
+    "pretrain --model.rms-norm-eps nan": "rms_norm_eps=nan: use a finite number",
+    "evaluate run --data.seq-len 100000": (
+        "data.seq_len=100000 is above max_position_embeddings=128 of run"
+    ),
     "generate --run run --seed 99999999999999999999": "at most 64 bits",
     "dpo --run run --beta inf": "beta=inf: give a finite number",
     "dpo --run none": "`tinylm sft --out none` makes it",
@@ -150,12 +160,15 @@ class PanicException(BaseException):
     """What a library written in Rust raises when it has failed."""
 
 
-@pytest.mark.parametrize("error", [KeyError("beta"), RuntimeError("a\nb"), PanicException("overflow"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [KeyError("beta"), RuntimeError("a\nb"), PanicException("overflow"), MemoryError()]
+)
 def test_what_nobody_has_foreseen_is_one_line_with_a_hint(call, monkeypatch, error):
-    def fail(argv):
+    def fail(config, block):
         raise error
 
-    monkeypatch.setitem(cli.COMMANDS, "info", fail)
+    broken = commands.COMMANDS["info"]._replace(run=fail)
+    monkeypatch.setitem(commands.COMMANDS, "info", broken)
     code, _, errors = call("info")
     hint = "not enough memory" if isinstance(error, MemoryError) else "TINYLM_DEBUG=1 shows where"
     assert code == 2 and hint in errors and len(errors.strip().splitlines()) == 1
@@ -164,12 +177,12 @@ def test_what_nobody_has_foreseen_is_one_line_with_a_hint(call, monkeypatch, err
         call("info")
 
 
-def test_the_table_of_dpo_says_what_its_loss_is_made_of(call, monkeypatch):
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    monkeypatch.setattr("sys.stderr", bar := io.StringIO())
-    how = "--data.path pairs.jsonl --data.seq-len 64 --data.validation-fraction 0.5 --train.max-steps 2"
-    how += " --train.sample-tokens 4 --train.batch-size 2"
-    code, printed, _ = call(f"dpo --run run --out both {how}")
+def test_the_table_of_dpo_says_what_its_loss_is_made_of(call, monkeypatch, progress_bars):
+    bar = io.StringIO()
+    monkeypatch.setattr("sys.stderr", bar)
+    flags = "--data.path pairs.jsonl --data.seq-len 64 --data.validation-fraction 0.5"
+    flags += " --train.max-steps 2 --train.sample-tokens 4 --train.batch-size 2"
+    code, printed, _ = call(f"dpo --run run --out both {flags}")
     rows = dict(line.split("  ", 1) for line in printed.splitlines() if "  " in line)
     rows = {name: value.strip() for name, value in rows.items()}
     total = float(rows["validation loss"].split()[0])
@@ -179,7 +192,7 @@ def test_the_table_of_dpo_says_what_its_loss_is_made_of(call, monkeypatch):
     assert {"pairs ranked right", "margin", "KL to the reference"} <= rows.keys()
     assert "nats per token of an answer" not in printed
 
-    code, printed, _ = call(f"dpo --run run --out plain --sft-weight 0 {how}")
+    code, printed, _ = call(f"dpo --run run --out plain --sft-weight 0 {flags}")
     assert code == 0 and "preference loss" in printed and "loss of chosen answers" not in printed
 
 
@@ -189,20 +202,20 @@ def test_hints_name_the_command_that_made_a_run(place):
         (place / "half" / "checkpoints").mkdir(parents=True)
         save_config(place / "half", config)
         with pytest.raises(ValueError, match=f"`tinylm {command} --out .*half --resume` goes on"):
-            cli.find_run(str(place / "half"))
+            find_run(str(place / "half"))
     shutil.rmtree(place / "half")
 
 
 def test_a_speedrun_goes_on(call, place, monkeypatch):
-    """It stops before anything is done if one of its runs is there, and `--resume`, which is the remedy, works."""
+    """If one of its runs is there, it stops before all else; the remedy, `--resume`, works."""
     typed = []
-    monkeypatch.setattr(cli, "type_and_run", lambda *words: typed.append(words))
+    monkeypatch.setattr(commands, "print_and_start", lambda *words: typed.append(words))
     shutil.copytree(place / "run", place / "speed" / "dpo")
     code, _, errors = call("speedrun --out speed")
     assert code == 2 and "use --resume, --overwrite or another --out" in errors and not typed
     assert call("speedrun --out speed --resume")[0] == 0
     assert [words[0] for words in typed] == ["pretrain", "sft", "sft", "dpo", "evaluate"]
-    assert all("--resume" in words for words in typed[:4])
+    assert all(values["resume"] for _, values in typed[:4])
     shutil.rmtree(place / "speed")
 
 

@@ -1,4 +1,4 @@
-"""Models of ten families: opened equal to `transformers` or refused by name, tuned, and exchanged with `peft`."""
+"""Ten families: opened equal to `transformers` or refused by name, tuned, exchanged with `peft`."""
 
 import copy
 import json
@@ -13,20 +13,33 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tinylm.hub import load, load_model, save
+from tinylm.chat_template import Tokenizer
+from tinylm.checkpoints import load_model, save_model
+from tinylm.hub import load, save
 from tinylm.lora import LoraConfig, add_lora, load_lora, save_lora
 from tinylm.model import ModelConfig, TinyLM
 from tinylm.sft import SFTConfig, open_base
-from tinylm.tokenizer import CHATML_TEMPLATE, Tokenizer
+from tinylm.tokenizer import CHATML_TEMPLATE
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+SIZES = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 SMALL = {"num_key_value_heads": 2, "intermediate_size": 20}
 LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 10, "v_head_dim": 6}
-LATENT = {**LATENT, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "n_routed_experts": 4, "n_group": 2}
+LATENT = {
+    **LATENT,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "n_routed_experts": 4,
+    "n_group": 2,
+}
 FAMILIES = {
     "llama": SMALL,
     "mistral": SMALL,
@@ -36,8 +49,19 @@ FAMILIES = {
     "gpt2": {},
     "mixtral": {**SMALL, "num_local_experts": 3},
     "olmoe": {**SMALL, "num_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {**SMALL, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 8},
-    "deepseek_v3": {**LATENT, "intermediate_size": 20, "moe_intermediate_size": 12, "num_experts_per_tok": 2}
+    "qwen3_moe": {
+        **SMALL,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "head_dim": 8,
+    },
+    "deepseek_v3": {
+        **LATENT,
+        "intermediate_size": 20,
+        "moe_intermediate_size": 12,
+        "num_experts_per_tok": 2,
+    }
     | {"topk_group": 1, "first_k_dense_replace": 1},
 }
 IDS = torch.randint(0, 47, (2, 30), generator=torch.Generator().manual_seed(5))
@@ -50,12 +74,14 @@ def scramble(model, seed=3):
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.state_dict().items():
         noise = torch.randn(weight.shape, generator=generator)
-        weight.copy_(1 + 0.3 * noise if re.search(r"norm|ln_", name) and "bias" not in name else 0.3 * noise)
+        weight.copy_(
+            1 + 0.3 * noise if re.search(r"norm|ln_", name) and "bias" not in name else 0.3 * noise
+        )
     return model.eval().requires_grad_(False)
 
 
 def make_theirs(family, folder, **changes):
-    """A model of `transformers` with entries in its config.json as another tool would write them."""
+    """A model of `transformers` whose config.json has entries as another tool would write them."""
     entries = {"vocab_size": 47, **SIZES, **NO_TOKENS, **FAMILIES[family], **changes}
     config = AutoConfig.for_model(family, **copy.deepcopy(entries))
     scramble(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
@@ -75,8 +101,14 @@ def difference(ours, theirs):
 
 WINDOW = {"sliding_window": 5, "layer_types": ["full_attention"] * 2}
 ENTRIES = {
-    "original_max_position_embeddings beside YaRN": {"rope_scaling": YARN, "original_max_position_embeddings": 16},
-    "original_max_position_embeddings beside llama3": {"rope_scaling": LLAMA3, "original_max_position_embeddings": 16},
+    "original_max_position_embeddings beside YaRN": {
+        "rope_scaling": YARN,
+        "original_max_position_embeddings": 16,
+    },
+    "original_max_position_embeddings beside llama3": {
+        "rope_scaling": LLAMA3,
+        "original_max_position_embeddings": 16,
+    },
     "partial_rotary_factor": {"partial_rotary_factor": 0.5},
     "is_causal": {"is_causal": False},
     "layer_types": WINDOW,
@@ -85,8 +117,12 @@ ENTRIES = {
         "sliding_window": 5,
         "layer_types": ["full_attention"] * 2,
     },
-    "attention_factor": {"rope_scaling": {**YARN, "attention_factor": 0.7, "original_max_position_embeddings": 16}},
-    "mscale null": {"rope_scaling": {**YARN, "mscale_all_dim": None, "original_max_position_embeddings": 16}},
+    "attention_factor": {
+        "rope_scaling": {**YARN, "attention_factor": 0.7, "original_max_position_embeddings": 16}
+    },
+    "mscale null": {
+        "rope_scaling": {**YARN, "mscale_all_dim": None, "original_max_position_embeddings": 16}
+    },
     "alpha": {"rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0}},
     "one expert": {"num_experts_per_tok": 1, "norm_topk_prob": True},
     "dense in between": {"mlp_only_layers": [1]},
@@ -96,8 +132,12 @@ ENTRIES = {
     "more dense layers than layers": {"first_k_dense_replace": 3},
     "no shared experts": {"n_shared_experts": 0},
 }
-# Where the entry is one that `transformers` computes and this library does not, the message must name it.
-REFUSED = {"partial_rotary_factor": "partial_rotary_factor=0.5", "is_causal": "is_causal=False", "alpha": "alpha"}
+# Entries that `transformers` computes and this library does not: the message must name them.
+REFUSED = {
+    "partial_rotary_factor": "partial_rotary_factor=0.5",
+    "is_causal": "is_causal=False",
+    "alpha": "alpha",
+}
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -111,7 +151,9 @@ def test_an_entry_is_computed_or_refused(family, entry, tmp_path):
         ours = load_model(tmp_path / "model")
     except ValueError as error:
         names = [REFUSED.get(entry, ""), *ENTRIES[entry]]
-        assert len(str(error).splitlines()) == 1 and any(name and name in str(error) for name in names)
+        assert len(str(error).splitlines()) == 1 and any(
+            name and name in str(error) for name in names
+        )
         assert "pickle" not in str(error) and "safetensors" not in str(error)
         return
     assert entry not in REFUSED, "opened, though nothing here computes it"
@@ -139,11 +181,23 @@ def test_what_is_near_is_opened(case, tmp_path):
 
 
 def targets(model):
-    """The places of adapters: ends of names of linear layers, and of weights that `peft` takes as parameters."""
-    linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
-    packed = {"mlp." + name.split("mlp.")[1] for name, weight in model.named_parameters() if weight.ndim == 3}
+    """The ends of the names of linear layers, and of weights that `peft` takes as parameters."""
+    linear = {
+        name.rpartition(".")[2]
+        for name, part in model.named_modules()
+        if isinstance(part, torch.nn.Linear)
+    }
+    packed = {
+        "mlp." + name.split("mlp.")[1]
+        for name, weight in model.named_parameters()
+        if weight.ndim == 3
+    }
     if packed and "gate_proj" in linear:  # peft takes these names for the packed experts
-        packed |= {"mlp.gate_proj.weight", "shared_experts.up_proj.weight", "shared_experts.down_proj.weight"}
+        packed |= {
+            "mlp.gate_proj.weight",
+            "shared_experts.up_proj.weight",
+            "shared_experts.down_proj.weight",
+        }
         linear -= {"gate_proj", "up_proj", "down_proj"}
     return sorted(linear - {"lm_head"}), sorted(packed)
 
@@ -155,7 +209,9 @@ def test_adapters_of_peft_mean_the_same_here(family, tmp_path):
     linear, packed = targets(theirs)
     for number, target in enumerate(linear + packed):
         kind = "target_parameters" if target in packed else "target_modules"
-        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, **{"target_modules": [], kind: [target]})
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=2, **{"target_modules": [], kind: [target]}
+        )
         adapted = peft.get_peft_model(copy.deepcopy(theirs), config).eval()
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:
@@ -176,7 +232,9 @@ def test_adapters_from_here_mean_the_same_to_peft(family, tmp_path):
     add_lora(ours, LoraConfig(r=2, target_modules=".*_proj.*", target_parameters=tuple(packed)))
     for name, weight in ours.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(weight.data, std=0.2, generator=torch.Generator().manual_seed(len(name)))
+            torch.nn.init.normal_(
+                weight.data, std=0.2, generator=torch.Generator().manual_seed(len(name))
+            )
     save_lora(ours, tmp_path / "adapter")
     plain = difference(ours, theirs)
     adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
@@ -184,14 +242,25 @@ def test_adapters_from_here_mean_the_same_to_peft(family, tmp_path):
 
 
 def test_adapters_of_own_latent_attention_fit_the_exported_model(tmp_path):
-    latent = dict(kv_lora_rank=8, q_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=6, qk_norm=False)
-    experts = dict(num_experts=4, scoring_func="sigmoid", n_shared_experts=1, first_k_dense_replace=1)
+    latent = dict(
+        kv_lora_rank=8,
+        q_lora_rank=10,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=4,
+        v_head_dim=6,
+        qk_norm=False,
+    )
+    experts = dict(
+        num_experts=4, scoring_func="sigmoid", n_shared_experts=1, first_k_dense_replace=1
+    )
     ours = scramble(TinyLM(ModelConfig(vocab_size=47, **SIZES, **latent, **experts)))
     save(ours, None, tmp_path / "base")
     add_lora(ours, LoraConfig(r=2))
     for name, weight in ours.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(weight.data, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+            torch.nn.init.normal_(
+                weight.data, std=0.3, generator=torch.Generator().manual_seed(len(name))
+            )
     save_lora(ours, tmp_path / "adapter")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     plain = difference(ours, theirs)
@@ -201,7 +270,9 @@ def test_adapters_of_own_latent_attention_fit_the_exported_model(tmp_path):
 
 def test_adapters_of_gpt2_are_refused_on_both_sides(tmp_path):
     theirs = make_theirs("gpt2", tmp_path / "base")
-    adapted = peft.get_peft_model(copy.deepcopy(theirs), peft.LoraConfig(r=2, target_modules=["c_attn"]))
+    adapted = peft.get_peft_model(
+        copy.deepcopy(theirs), peft.LoraConfig(r=2, target_modules=["c_attn"])
+    )
     adapted.save_pretrained(tmp_path / "theirs")
     ours = load_model(tmp_path / "base")
     with pytest.raises(ValueError, match="fan_in_fan_out|c_attn"):
@@ -236,8 +307,9 @@ def test_the_command_tunes_a_model_in_several_files(tokenizer, tmp_path):
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     chats = [{"prompt": f"pond {number}?", "completion": "ducks"} for number in range(20)]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    flags = "sft --run sharded --out tuned --data.path chats.jsonl --data.seq-len 32 --train.max-steps 1"
-    flags += " --train.batch-size 2 --train.num-threads 1 --train.sample-interval 0"
+    flags = "sft --run sharded --out tuned --data.path chats.jsonl --data.seq-len 32"
+    flags += " --train.max-steps 1 --train.batch-size 2 --train.num-threads 1"
+    flags += " --train.sample-interval 0"
     command = [sys.executable, "-m", "tinylm", *flags.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-500:]
@@ -247,17 +319,22 @@ def test_the_command_tunes_a_model_in_several_files(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("scaling", [None, {**YARN, "original_max_position_embeddings": 16}])
 def test_saved_files_speak_the_words_of_transformers_4(scaling, tokenizer, tmp_path):
-    shape = ModelConfig(vocab_size=len(tokenizer), **SIZES, qk_norm=False, rope_theta=3e5, rope_scaling=scaling)
+    shape = ModelConfig(
+        vocab_size=len(tokenizer), **SIZES, qk_norm=False, rope_theta=3e5, rope_scaling=scaling
+    )
     model = TinyLM(shape)
     save(model, tokenizer, tmp_path / "exported")
-    model.save_pretrained(tmp_path / "run")
+    save_model(model, tmp_path / "run")
     tokenizer.save_pretrained(tmp_path / "run")
     for name in ("exported", "run"):
         hf = json.loads((tmp_path / name / "config.json").read_text())
         assert (hf["rope_theta"], hf["rope_scaling"]) == (3e5, scaling)
         assert load_model(tmp_path / name).config == model.config
         words = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
-        assert words["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in words
+        assert (
+            words["tokenizer_class"] == "PreTrainedTokenizerFast"
+            and "extra_special_tokens" not in words
+        )
         again = AutoTokenizer.from_pretrained(tmp_path / name)
         assert again.convert_tokens_to_ids("<|im_end|>") in again.all_special_ids
 
@@ -271,9 +348,13 @@ def test_names_of_old_files_by_family(tmp_path):
         assert difference(load_model(tmp_path / f"{family}-again"), theirs) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "../nowhere/at/all", "my model", "missing.gguf", "~/gone"])
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", "../nowhere/at/all", "my model", "missing.gguf", "~/gone"]
+)
 def test_a_path_that_does_not_exist_is_said_so(name):
-    with pytest.raises(ValueError, match="does not exist: give a folder, a GGUF file or a name of the hub"):
+    with pytest.raises(
+        ValueError, match="does not exist: give a folder, a GGUF file or a name of the hub"
+    ):
         load(name)
 
 

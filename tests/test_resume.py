@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL at any moment and resumed ends with the same bytes as one that was never stopped."""
+"""A run that is killed at any moment and resumed ends with the bytes of one never stopped."""
 
 import json
 import os
@@ -14,15 +14,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RUN = """
 import sys
-from tinylm.data import DataConfig
+from tinylm.files import DataConfig
 from tinylm.model import ModelConfig
 from tinylm.pretrain import PretrainConfig, TrainConfig, pretrain
 
 out, cache, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
-model = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, attention_dropout=0.1)
+heads = dict(num_attention_heads=2, attention_dropout=0.1)
+model = ModelConfig(hidden_size=32, num_hidden_layers=2, **heads)
 data = DataConfig(stories=300, validation_stories=20, seq_len=256, cache_dir=cache)
-often = dict(eval_interval=7, checkpoint_interval=3, sample_interval=20, sample_tokens=10, log_interval=1)
-train = TrainConfig(max_steps=steps, batch_size=2, num_threads=1, device="cpu", precision="fp32", **often)
+often = dict(eval_interval=7, checkpoint_interval=3, log_interval=1)
+samples = dict(sample_interval=20, sample_tokens=10)
+exact = dict(num_threads=1, device="cpu", precision="fp32")
+train = TrainConfig(max_steps=steps, batch_size=2, **often, **samples, **exact)
 pretrain(PretrainConfig(model, data, train, out=out, resume=True))
 """
 STEPS = 60
@@ -31,7 +34,9 @@ STEPS = 60
 def start(out: Path, cache: Path, steps: int = STEPS) -> subprocess.Popen:
     env = os.environ | {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", RUN, str(out), str(cache), str(steps)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(out: Path, cache: Path, steps: int = STEPS) -> str:
@@ -67,11 +72,12 @@ def whole(tmp_path_factory):
 
 def test_killed_and_resumed_is_never_stopped(whole, tmp_path):
     expected, cache = whole
-    out, rng = tmp_path / "killed", random.Random(0)
+    out = tmp_path / "killed"
+    rng = random.Random(0)
     writing = out / "checkpoints"
 
     def torn() -> bool:
-        return any(path.name.startswith(".step") for path in writing.glob(".*")) if writing.exists() else False
+        return any(writing.glob(".step*"))
 
     for attempt in range(5):
         process = start(out, cache)

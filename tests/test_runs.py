@@ -1,4 +1,4 @@
-"""Runs that are stopped, shared, short of disk space or of letters: nothing is lost, and one line says what to do."""
+"""Runs that are stopped, shared, or short of disk space: nothing is lost, the remedy is named."""
 
 import json
 import os
@@ -21,14 +21,20 @@ MODEL = "--model.hidden-size 32 --model.num-hidden-layers 1 --model.num-attentio
 TRAIN = "--train.batch-size 4 --train.num-threads 1 --train.device cpu --train.sample-interval 0"
 SMALL = f"{MODEL} {TRAIN} --train.eval-interval 0 --train.checkpoint-interval 0 --data.seq-len 64"
 SEA = "--data.path sea.txt --data.tokenizer char --data.vocab-size 24"
-LONG = f"pretrain {SEA} {SMALL} --train.max-steps 20000 --train.log-interval 1 --train.sample-prompt we"
+LONG = f"pretrain {SEA} {SMALL} --train.max-steps 20000 --train.log-interval 1"
+LONG += " --train.sample-prompt we"
 
 
 def start(command: str, processes: int = 1) -> subprocess.Popen:
     """Start the command in a session of its own, with `processes` under torchrun."""
     words = [sys.executable, "-m", "tinylm", *shlex.split(command)]
     if processes > 1:
-        words[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        words[1:1] = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+        ]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(words, text=True, start_new_session=True, **pipes)
 
@@ -64,13 +70,23 @@ def hidden(folder: Path) -> list[str]:
 def place(tmp_path_factory):
     """A folder to work in, with a text of few letters and a finished run on it."""
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "sea.txt").write_text("we went to the sea and the water was warm. then we went home.\n" * 300, "utf-8")
-    settings = {"PYTHONPATH": str(ROOT), "TINYLM_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    settings |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    before, here = dict(os.environ), os.getcwd()
+    (folder / "sea.txt").write_text(
+        "we went to the sea and the water was warm. then we went home.\n" * 300, "utf-8"
+    )
+    settings = {
+        "PYTHONPATH": str(ROOT),
+        "TINYLM_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    before = dict(os.environ)
+    here = os.getcwd()
     os.environ.update(settings)
     os.chdir(folder)
-    assert call(f"pretrain {SEA} {SMALL} --out whole --train.max-steps 12 --train.sample-prompt we") == 0
+    flags = "--out whole --train.max-steps 12 --train.sample-prompt we"
+    assert call(f"pretrain {SEA} {SMALL} {flags}") == 0
     yield folder
     os.chdir(here)
     os.environ.clear()
@@ -92,18 +108,25 @@ def test_one_process_trains_in_a_folder_and_ctrl_c_says_how_to_go_on(place, caps
     _, errors = process.communicate(timeout=120)
     step = last_step(out)
     command = "tinylm pretrain --out shared --resume"
-    assert errors.splitlines()[-1] == f"tinylm: stopped after step {step} of 20000; to go on: {command}"
+    assert (
+        errors.splitlines()[-1]
+        == f"tinylm: stopped after step {step} of 20000; to go on: {command}"
+    )
     assert process.returncode == 130 and step >= 3
     assert not (out / "model.safetensors").exists() and not hidden(out)
 
-    # The command needs none of the flags again, and flags still change what may change. What killed processes
-    # left behind, a lock included, is in nobody's way, and gone at the end.
+    # The command needs none of the flags again, and flags still change what may change. What killed
+    # processes left behind, a lock included, is in nobody's way, and gone at the end.
     (out / ".lock").touch()
     for litter in (".writing-dead/new", "checkpoints/.step-000900", "checkpoints/tmpabc"):
         (out / litter).mkdir(parents=True)
     assert call(f"{command.removeprefix('tinylm ')} --train.max-steps {step + 2}") == 0
     settings = (out / "config.yaml").read_text("utf-8")
-    assert "hidden_size: 32" in settings and f"max_steps: {step + 2}" in settings and "path: sea.txt" in settings
+    assert (
+        "hidden_size: 32" in settings
+        and f"max_steps: {step + 2}" in settings
+        and "path: sea.txt" in settings
+    )
     assert (out / "model.safetensors").exists() and not hidden(out)
 
 
@@ -151,6 +174,8 @@ def test_a_full_disk_is_one_line(place, capsys):
         assert call("export --run whole --out there/export") == 2
         assert call(f"pretrain {SEA} {SMALL} --out full --train.max-steps 2") == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert len(lines) == 2 and all("cannot be written (" in line and "make room" in line for line in lines)
+    assert len(lines) == 2 and all(
+        "cannot be written (" in line and "make room" in line for line in lines
+    )
     assert lines[0].startswith("tinylm: error: there/export")
     assert not [*(place / "there").iterdir()] and not hidden(place / "full")

@@ -1,4 +1,4 @@
-"""Texts and figures as others see them: start tokens, runs seen from other folders, pipes, odd bytes, intervals."""
+"""Texts and figures as others see them: start tokens, other folders, pipes, bytes, intervals."""
 
 import io
 import json
@@ -14,11 +14,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tinylm.chat_template import Tokenizer
 from tinylm.cli import main
-from tinylm.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = "--model.hidden-size 16 --model.num-hidden-layers 1 --model.num-attention-heads 1 --data.seq-len 48"
+SMALL = "--model.hidden-size 16 --model.num-hidden-layers 1 --model.num-attention-heads 1"
+SMALL += " --data.seq-len 48"
 SHORT = "--train.max-steps 2 --train.batch-size 2 --train.sample-tokens 3 --train.warmup-steps 1"
 TALE = "Kim rowed to the isle. The isle was far off."
 
@@ -30,9 +31,16 @@ def call(command: str) -> int:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a project, made with relative names: text, a run on it, and a run that was tuned from it."""
-    folder, before, here = tmp_path_factory.mktemp("figures"), dict(os.environ), os.getcwd()
-    os.environ.update(TINYLM_CACHE=str(folder / "cache"), TQDM_DISABLE="1", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    """A project, made with relative names: text, a run on it, and a run that was tuned from it."""
+    folder = tmp_path_factory.mktemp("figures")
+    before = dict(os.environ)
+    here = os.getcwd()
+    os.environ.update(
+        TINYLM_CACHE=str(folder / "cache"),
+        TQDM_DISABLE="1",
+        PYTHONPATH=str(ROOT),
+        OMP_NUM_THREADS="1",
+    )
     project = folder / "project"
     project.mkdir()
     os.chdir(project)
@@ -40,8 +48,10 @@ def place(tmp_path_factory):
     Path("tales.jsonl").write_text("\n".join(lines))
     chats = [json.dumps({"prompt": f"How far, {n}?", "completion": "Far."}) for n in range(20)]
     Path("chats.jsonl").write_text("\n".join(chats))
-    assert call(f"pretrain --data.path tales.jsonl --data.vocab-size 290 {SMALL} {SHORT} --out runs/base") == 0
-    assert call(f"sft --run runs/base --data.path chats.jsonl --data.seq-len 48 {SHORT} --out runs/tuned") == 0
+    data = "--data.path tales.jsonl --data.vocab-size 290"
+    assert call(f"pretrain {data} {SMALL} {SHORT} --out runs/base") == 0
+    data = "--data.path chats.jsonl --data.seq-len 48"
+    assert call(f"sft --run runs/base {data} {SHORT} --out runs/tuned") == 0
     yield project
     os.chdir(here)
     os.environ.clear()
@@ -55,9 +65,11 @@ def loss_of(folder: Path, name: str) -> float:
 def test_saved_tokenizers_begin_a_text_once(place):
     assert call("export --run runs/tuned --out handed-on") == 0
     for folder in ("runs/base", "runs/tuned", "handed-on"):
-        own, theirs = Tokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        own = Tokenizer.from_pretrained(folder)
+        theirs = AutoTokenizer.from_pretrained(folder)
         assert theirs(TALE).input_ids == own.encode_document(TALE)[:-1]
-        assert theirs.batch_decode(theirs([TALE, "Kim"]).input_ids, skip_special_tokens=True) == [TALE, "Kim"]
+        ids = theirs([TALE, "Kim"]).input_ids
+        assert theirs.batch_decode(ids, skip_special_tokens=True) == [TALE, "Kim"]
 
 
 READY = {  # the rule of a ready-made tokenizer: None, or what its makers put around a text
@@ -71,23 +83,29 @@ READY = {  # the rule of a ready-made tokenizer: None, or what its makers put ar
 @pytest.mark.parametrize("bos", ["<s>", None])
 @pytest.mark.parametrize("rule", READY)
 def test_ready_made_tokenizers_begin_a_text_once(rule, bos, tmp_path):
-    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocab = {token: i for i, token in enumerate(tokens)}
     backend = tokenizers.Tokenizer(models.BPE(vocab, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     if READY[rule]:
         backend.post_processor = READY[rule]
     theirs = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token="</s>")
     before = theirs("Kim").input_ids
-    made = Tokenizer(theirs)
+    tokenizer = Tokenizer(theirs)
     opened = theirs("Kim").input_ids
-    plain = made.encode("Kim")
-    assert opened == ([0, *plain] if rule == "no rule" and bos else before)  # a rule of the makers stays
+    plain = tokenizer.encode("Kim")
+    expected = [0, *plain] if rule == "no rule" and bos else before  # a rule of the makers stays
+    assert opened == expected
 
-    made.add_start_token()  # as for a model that is trained from the beginning
-    made.save_pretrained(tmp_path)
+    tokenizer.add_start_token()  # as for a model that is trained from the beginning
+    tokenizer.save_pretrained(tmp_path)
     saved = AutoTokenizer.from_pretrained(tmp_path)
-    assert saved("Kim").input_ids == [made.bos_token_id, *plain]
-    assert Tokenizer.from_pretrained(tmp_path).hf_tokenizer("Kim").input_ids == [made.bos_token_id, *plain]
+    assert saved("Kim").input_ids == [tokenizer.bos_token_id, *plain]
+    assert Tokenizer.from_pretrained(tmp_path).hf_tokenizer("Kim").input_ids == [
+        tokenizer.bos_token_id,
+        *plain,
+    ]
 
 
 def test_evaluate_does_not_fill_the_cache(place):
@@ -111,7 +129,10 @@ def test_a_run_is_measured_on_its_text_from_anywhere(place, run, monkeypatch, ca
 
 def test_a_run_in_a_folder_given_in_full(place, monkeypatch, tmp_path):
     out = tmp_path / "far" / "away"
-    assert call(f"pretrain --data.path tales.jsonl --data.vocab-size 290 {SMALL} {SHORT} --out {out}") == 0
+    assert (
+        call(f"pretrain --data.path tales.jsonl --data.vocab-size 290 {SMALL} {SHORT} --out {out}")
+        == 0
+    )
     monkeypatch.chdir(tmp_path)
     assert call(f"evaluate {out}") == 0
     assert "tales.jsonl" in (out / "report" / "report.json").read_text()
@@ -137,7 +158,10 @@ def test_a_copy_of_a_run_says_that_it_takes_the_text_of_this_folder(place, capsy
     shutil.copytree("runs/base", "copied")
     capsys.readouterr()
     assert call("evaluate copied") == 0
-    assert "tales.jsonl is not where it was, seen from copied: the one in this folder" in capsys.readouterr().err
+    assert (
+        "tales.jsonl is not where it was, seen from copied: the one in this folder"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_model_from_elsewhere_says_what_it_is_measured_on(place, capsys):
@@ -150,16 +174,23 @@ def test_a_model_from_elsewhere_says_what_it_is_measured_on(place, capsys):
 
 
 def test_every_interval_says_what_it_is(place, capsys):
-    assert call("evaluate runs/base --data.path None --data.validation-stories 6 --data.stories 20 --stories 3") == 0
-    out, table = capsys.readouterr().out, Path("runs/base/report/report.md").read_text()
-    for text in (out, table):
+    stories = "--data.path None --data.validation-stories 6 --data.stories 20 --stories 3"
+    assert call(f"evaluate runs/base {stories}") == 0
+    table = Path("runs/base/report/report.md").read_text()
+    for text in (capsys.readouterr().out, table):
         assert re.search(r"loss .*± [\d.]+ nats per token \(95% interval, 6 documents\)", text)
         assert re.search(r"distance to the floor .*± [\d.]+% \(95% interval, 6 documents\)", text)
-        assert all("95% interval" in line for line in text.splitlines() if "±" in line or re.search(r"% of \d", line))
+        assert all(
+            "95% interval" in line
+            for line in text.splitlines()
+            if "±" in line or re.search(r"% of \d", line)
+        )
         assert re.search(r"bits per byte .*\(of the text; end tokens left out\)", text)
 
 
-def type_in(monkeypatch, words: list[str], typed: bytes = b"", encoding: str = "utf-8") -> tuple[int, bytes]:
+def type_in(
+    monkeypatch, words: list[str], typed: bytes = b"", encoding: str = "utf-8"
+) -> tuple[int, bytes]:
     """The command as the terminal calls it: its exit code, and what it prints."""
     printed = io.BytesIO()
     monkeypatch.setattr(sys, "argv", ["tinylm", *words])
@@ -176,7 +207,9 @@ def test_a_reader_that_leaves_is_no_error(place, unbuffered):
     os.close(read)
     command = [sys.executable, "-m", "tinylm", "--help"]
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment, timeout=120)
+    done = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, env=environment, timeout=120
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
 
@@ -198,7 +231,9 @@ def test_bytes_that_are_no_utf8_get_a_line(place, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == [line]
 
     typed = b"\xef\xbb\xbfKim\nKim \xe9\nKim\n"
-    code, shown = type_in(monkeypatch, ["chat", "--run", "runs/tuned", "--max-new-tokens", "2"], typed)
+    code, shown = type_in(
+        monkeypatch, ["chat", "--run", "runs/tuned", "--max-new-tokens", "2"], typed
+    )
     assert code == 0 and shown.startswith(b"> Kim\n") and shown.count(b"> Kim") == 3
     assert shown.count(b"is not UTF-8") == 1
 
@@ -209,7 +244,9 @@ def test_a_terminal_of_another_encoding_shows_what_it_can(place, monkeypatch):
     assert code == 0 and shown.startswith(b"Kim ?")
 
 
-@pytest.mark.parametrize("command", ["sft --data.path chats.jsonl --out runs/no", "dpo --out runs/no", "evaluate"])
+@pytest.mark.parametrize(
+    "command", ["sft --data.path chats.jsonl --out runs/no", "dpo --out runs/no", "evaluate"]
+)
 def test_a_tokenizer_with_more_tokens_than_rows(place, command, capsys):
     if not Path("wide").exists():
         shutil.copytree("runs/base", "wide")
@@ -218,5 +255,8 @@ def test_a_tokenizer_with_more_tokens_than_rows(place, command, capsys):
         wide.save_pretrained("wide")
     rows = json.loads(Path("wide/config.json").read_text())["vocab_size"]
     assert call(f"{command} --run wide --data.seq-len 48") == 2
-    assert f"its tokenizer has {rows + 1} tokens, but the model has rows for {rows}" in capsys.readouterr().err
+    assert (
+        f"its tokenizer has {rows + 1} tokens, but the model has rows for {rows}"
+        in capsys.readouterr().err
+    )
     assert not Path("runs/no").exists()

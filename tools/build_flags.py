@@ -1,14 +1,12 @@
-"""Write tinylm/flags.json, the flags of every command, from the config classes; `--check`: is it up to date?
+"""Write tinylm/flags.json, help and flags of every command; `--check`: is it up to date?
 
-The command line reads that file first, so that help and typing mistakes need not wait for PyTorch.
+The flags come from the config classes. The command line reads the file first, so that help and
+typing mistakes need not wait for PyTorch.
 """
 
 import argparse
-import io
 import json
-import os
 import sys
-from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,32 +14,31 @@ FILE = ROOT / "tinylm" / "flags.json"
 sys.path.insert(0, str(ROOT))
 
 
-def flags_of(run) -> list:
-    """The flags of a command: it prints them when it is called with this word alone."""
-    printed = io.StringIO()
-    with redirect_stdout(printed), suppress(SystemExit):
-        run(["--flags-as-json"])
-    return json.loads(printed.getvalue())
-
-
 def render() -> str:
-    """The file: for each command a list of flags, one a line."""
-    from tinylm.cli import COMMANDS
+    """Return the text of the file: for each command its help and a list of flags, one a line."""
+    from tinylm.commands import COMMANDS, flags_of
 
-    parts = []
-    for name, run in COMMANDS.items():
-        rows = ",\n".join(f"  {json.dumps(row)}" for row in flags_of(run))
-        parts.append(f"{json.dumps(name)}: [\n{rows}\n]")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+    entries = []
+    for name, command in COMMANDS.items():
+        rows = ",\n".join(f"  {json.dumps(flag)}" for flag in flags_of(command))
+        entry = f'{{"help": {json.dumps(command.help)}, "flags": [\n{rows}\n]}}'
+        entries.append(f"{json.dumps(name)}: {entry}")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the file is out of date")
-    check = parser.parse_args().check
-    os.environ["TQDM_DISABLE"] = "1"
+    """Write the file, or compare it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if the file is out of date"
+    )
+    only_check = parser.parse_args().check
+
+    # Write the table, or compare it with the file.
     text = render()
-    if not check:
+    if not only_check:
         FILE.write_text(text, "utf-8")
     elif not FILE.exists() or FILE.read_text("utf-8") != text:
         print("tinylm/flags.json is out of date: python tools/build_flags.py")

@@ -1,6 +1,7 @@
-"""Write README.md (and README_files/) from nbs/index.ipynb; `--check` says whether they are up to date.
+"""Write README.md (and README_files/) from nbs/index.ipynb.
 
-No code is run: the outputs saved in the notebook are used, so the result depends on the notebook alone.
+`--check` says whether they are up to date. No code is run: the page shows the outputs that the
+notebook has saved, so it depends on the notebook alone.
 """
 
 import argparse
@@ -18,57 +19,79 @@ DIRECTIVE = re.compile(r"\s*#\s*\|(.*)")
 
 
 def is_hidden(source: str) -> bool:
-    """Whether the cell's `#|` lines keep it out of the rendered page."""
-    words = [match[1].strip() for line in source.splitlines() if (match := DIRECTIVE.match(line))]
-    return any(word == "hide" or re.fullmatch(r"include:\s*false", word) for word in words)
+    """Say whether the cell's `#|` lines keep it out of the rendered page."""
+    lines = [DIRECTIVE.match(line) for line in source.splitlines()]
+    directives = [match[1].strip() for match in lines if match]
+    return any(re.fullmatch(r"hide|include:\s*false", directive) for directive in directives)
 
 
-def prepared(nb):
-    """The notebook without hidden cells and `#|` lines, its relative links seen from the project's root."""
-    nb.cells = [c for c in nb.cells if c.cell_type == "markdown" or (c.cell_type == "code" and not is_hidden(c.source))]
-    for cell in nb.cells:
+def is_shown(cell) -> bool:
+    """Say whether a cell is a part of the page."""
+    if cell.cell_type == "code":
+        return not is_hidden(cell.source)
+    return cell.cell_type == "markdown"
+
+
+def prepare(notebook):
+    """Take hidden cells and `#|` lines away, and make links relative to the project's root."""
+    notebook.cells = [cell for cell in notebook.cells if is_shown(cell)]
+    for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = re.sub(r"(\]\()(?!\w+:|/|#)", r"\1nbs/", cell.source).replace("](nbs/../", "](")
+            text = re.sub(r"(\]\()(?!\w+:|/|#)", r"\1nbs/", cell.source)
+            cell.source = text.replace("](nbs/../", "](")
         else:
-            cell.source = "\n".join(line for line in cell.source.splitlines() if not DIRECTIVE.match(line))
-    nb.metadata["language_info"] = {"name": "python"}
-    return nb
+            lines = [line for line in cell.source.splitlines() if not DIRECTIVE.match(line)]
+            cell.source = "\n".join(lines)
+    notebook.metadata["language_info"] = {
+        "name": "python"
+    }  # the exporter marks code blocks with it
+    return notebook
 
 
 def render() -> dict[str, bytes]:
-    """The files to write, by path from the project's root."""
+    """Return the content of each file, by its path from the project's root."""
+    notebook = prepare(nbformat.read(INDEX, as_version=4))
     resources = {"unique_key": "README", "output_files_dir": "README_files"}
-    body, resources = MarkdownExporter().from_notebook_node(prepared(nbformat.read(INDEX, as_version=4)), resources)
+    body, resources = MarkdownExporter().from_notebook_node(notebook, resources)
     body = re.sub(r"[ \t]+\n", "\n", body)
     body = re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
     return {"README.md": (NOTE + body).encode(), **resources["outputs"]}
 
 
-def write(files: dict[str, bytes], root: Path) -> None:
+def write(files: dict[str, bytes]) -> None:
+    """Write each file, by its path from the project's root."""
     for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
+        path = ROOT / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
 
 
 def on_disk() -> dict[str, bytes]:
-    """README.md and the pictures as they are now."""
+    """Read README.md and the pictures as they are now."""
     paths = [ROOT / "README.md", *sorted((ROOT / "README_files").glob("**/*"))]
-    return {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in paths if path.is_file()}
+    files = [path for path in paths if path.is_file()]
+    return {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in files}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file would change")
+    """Read the flags of this script, and do what they say."""
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it is stale")
     check = parser.parse_args().check
-    new, old = render(), on_disk()
+
+    new = render()
+    old = on_disk()
     changed = sorted(name for name in new.keys() | old.keys() if new.get(name) != old.get(name))
     if check:
         for name in changed:
             print(f"{name} does not match nbs/index.ipynb; python tools/build_readme.py")
         return 1 if changed else 0
+
+    # Pictures that the page no longer shows go.
     for name in old.keys() - new.keys():
         (ROOT / name).unlink()
-    write(new, ROOT)
+    write(new)
     print(f"written: {', '.join(changed) or 'nothing to change'}")
     return 0
 

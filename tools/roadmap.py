@@ -1,86 +1,166 @@
-"""Write nbs/images/roadmap-NN.svg: the row of all stages with stage NN lit; `--check` says whether they are up to date.
+"""Write nbs/images/roadmap-NN.svg: the row of all stages, with stage NN lit.
 
-Every word stands on a filled box, so the picture reads on a light and on a dark page.
+`--check` says whether the pictures are up to date. Every word stands on a filled box, so that
+the picture can be read on a light and on a dark page.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 IMAGES = Path(__file__).resolve().parent.parent / "nbs" / "images"
 
 # One line per group of stages: the group's name, then its notebooks. A new notebook is added here.
 GROUPS = [
-    ("text", ["00 tokenizer"]),
-    ("the model", ["01 rope", "02 attention", "03 feedforward", "04 moe", "05 model", "06 lora"]),
-    ("generation", ["07 kv_cache", "08 generate"]),
-    ("data", ["09 corpus", "10 data"]),
-    ("training", ["11 pretrain", "12 evaluate"]),
-    ("tuning", ["13 sft", "14 dpo"]),
-    ("use", ["15 hub", "16 cli"]),
-    ("proof", ["17 proofs", "18 experiments"]),
+    ("0 start", ["01 tokenizer", "02 chat_template", "09 basics"]),
+    (
+        "1 the model",
+        [
+            "10 rope",
+            "11 attention",
+            "12 mla",
+            "13 feedforward",
+            "14 moe",
+            "15 model",
+            "16 cost",
+            "18 checkpoints",
+            "19 lora",
+        ],
+    ),
+    ("2 generation", ["20 kv_cache", "21 generate", "22 decoding"]),
+    ("3 data", ["30 corpus", "31 data", "32 files", "33 token_cache"]),
+    (
+        "4 pretraining",
+        ["40 optim", "41 engine", "42 runs", "43 pretrain", "44 evaluate", "45 report"],
+    ),
+    ("5 tuning", ["50 chat", "51 sft", "52 dpo", "55 talk"]),
+    (
+        "6 use, study",
+        ["60 hub", "61 recipes", "62 experiments", "63 commands", "64 cli", "70 proofs"],
+    ),
 ]
 STAGES = [stage for _, stages in GROUPS for stage in stages]
 
-BOX, GAP, LEFT = 54, 4, 4  # width of a box, space between two, left margin
-WIDTH, HEIGHT = 2 * LEFT + len(STAGES) * (BOX + GAP) - GAP, 70
-DONE, HERE, AHEAD = ("#3d6f8e", "#ffffff"), ("#c2410c", "#ffffff"), ("#e4e8ec", "#37424d")  # (box, text)
-GROUP = ("#55606b", "#ffffff")
+BOX = 54  # width of a box
+GAP = 4  # space between two boxes
+LEFT = 4  # margin
+WIDTH = 2 * LEFT + len(STAGES) * (BOX + GAP) - GAP
+HEIGHT = 70
 
 
-def rect(x: float, y: float, width: float, height: float, fill: str) -> str:
+class Colors(NamedTuple):
+    """How a box is painted."""
+
+    fill: str
+    ink: str  # of the words in it
+
+
+DONE = Colors("#3d6f8e", "#ffffff")
+HERE = Colors("#c2410c", "#ffffff")
+AHEAD = Colors("#e4e8ec", "#37424d")
+GROUP = Colors("#55606b", "#ffffff")
+
+
+def rect(
+    x: float,  # left edge
+    y: float,  # upper edge
+    width: float,  # in pixels, as all lengths here
+    height: float,  # downward
+    fill: str,  # color
+) -> str:
+    """Draw a filled box."""
     return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="4" fill="{fill}"/>'
 
 
-def text(x: float, y: float, words: str, fill: str, size: float, bold: bool = False) -> str:
+def text(
+    x: float,  # middle of the words
+    y: float,  # the line they stand on
+    words: str,  # what is written
+    fill: str,  # color
+    size: float,  # of the font
+    bold: bool = False,  # in bold type
+) -> str:
+    """Write words."""
     weight = ' font-weight="bold"' if bold else ""
     return f'<text x="{x:g}" y="{y:g}" fill="{fill}" font-size="{size:g}"{weight}>{words}</text>'
 
 
+def colors_of(stage: int, here: int) -> Colors:
+    """Choose the colors of a stage: passed, lit, or still ahead."""
+    if stage == here:
+        return HERE
+    return DONE if stage < here else AHEAD
+
+
 def draw_stages(here: int) -> list[str]:
-    """One box per stage: passed, lit (a little taller) or still ahead."""
+    """Draw a box for each stage; the one that is lit is a little taller."""
     parts = []
     for i, stage in enumerate(STAGES):
         number, name = stage.split()
-        fill, ink = HERE if i == here else DONE if i < here else AHEAD
-        x, middle, grow = LEFT + i * (BOX + GAP), LEFT + i * (BOX + GAP) + BOX / 2, 3 if i == here else 0
-        parts.append(rect(x, 5 - grow, BOX, 41 + 2 * grow, fill))
-        parts.append(text(middle, 22, number, ink, 12, bold=True))
-        parts.append(text(middle, 37, name, ink, 9 if len(name) < 10 else 8))
+        colors = colors_of(i, here)
+
+        # The box.
+        x = LEFT + i * (BOX + GAP)
+        extra = 3 if i == here else 0
+        parts.append(rect(x, 5 - extra, BOX, 41 + 2 * extra, colors.fill))
+
+        # Its number and its name; a long name needs smaller letters.
+        middle = x + BOX / 2
+        size = 9 if len(name) < 10 else 8
+        parts.append(text(middle, 22, number, colors.ink, 12, bold=True))
+        parts.append(text(middle, 37, name, colors.ink, size))
     return parts
 
 
 def draw_groups() -> list[str]:
-    """A labelled bar under the boxes of each group."""
-    parts, i = [], 0
+    """Draw a labeled bar under the boxes of each group."""
+    parts = []
+    boxes = 0
     for label, stages in GROUPS:
-        x, width = LEFT + i * (BOX + GAP), len(stages) * (BOX + GAP) - GAP
-        parts += [rect(x, 53, width, 14, GROUP[0]), text(x + width / 2, 63.5, label, GROUP[1], 10)]
-        i += len(stages)
+        x = LEFT + boxes * (BOX + GAP)
+        width = len(stages) * (BOX + GAP) - GAP
+        parts.append(rect(x, 53, width, 14, GROUP.fill))
+        parts.append(text(x + width / 2, 63.5, label, GROUP.ink, 10))
+        boxes += len(stages)
     return parts
 
 
 def svg(here: int) -> str:
-    """The picture with stage number `here` (its place in STAGES) lit."""
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        'role="img" font-family="system-ui, Segoe UI, Helvetica, Arial, sans-serif" text-anchor="middle">'
+    """Draw the picture with stage number `here` (its place in STAGES) lit."""
+    attributes = (
+        'xmlns="http://www.w3.org/2000/svg"',
+        f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"',
+        'font-family="system-ui, Segoe UI, Helvetica, Arial, sans-serif" text-anchor="middle"',
     )
+    head = f"<svg {' '.join(attributes)}>"
     title = f"<title>You are here: {STAGES[here]}</title>"
     return "\n".join([head, title, *draw_groups(), *draw_stages(here), "</svg>"]) + "\n"
 
 
+def is_up_to_date(path: Path, content: str) -> bool:
+    """Say whether a file holds this content."""
+    return path.exists() and path.read_text("utf-8") == content
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a picture would change")
+    """Read the flags of this script, and do what they say."""
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it is stale")
     check = parser.parse_args().check
-    files = {IMAGES / f"roadmap-{stage.split()[0]}.svg": svg(i) for i, stage in enumerate(STAGES)}
-    changed = [path for path, content in files.items() if not path.exists() or path.read_text("utf-8") != content]
+
+    # Compare the pictures with those that exist.
+    numbers = [stage.split()[0] for stage in STAGES]
+    files = {IMAGES / f"roadmap-{number}.svg": svg(i) for i, number in enumerate(numbers)}
+    changed = [path for path in files if not is_up_to_date(path, files[path])]
     stale = sorted(set(IMAGES.glob("roadmap-*.svg")) - files.keys())
     if check:
         for path in changed + stale:
             print(f"{path.name} is out of date; python tools/roadmap.py")
         return 1 if changed or stale else 0
+
+    # Write what changed, and delete pictures of stages that are gone.
     for path in stale:
         path.unlink()
     IMAGES.mkdir(parents=True, exist_ok=True)
