@@ -1,4 +1,4 @@
-"""Write nbs/images/roadmap-NN.svg: the row of all stages, with stage NN lit.
+"""Write nbs/images/roadmap-NN.svg: all stages in a few rows, with stage NN lit.
 
 `--check` says whether the pictures are up to date. Every word stands on a filled box, so that
 the picture can be read on a light and on a dark page.
@@ -42,11 +42,12 @@ GROUPS = [
 ]
 STAGES = [stage for _, stages in GROUPS for stage in stages]
 
-BOX = 54  # width of a box
+BOX = 66  # width of a box
 GAP = 4  # space between two boxes
 LEFT = 4  # margin
-WIDTH = 2 * LEFT + len(STAGES) * (BOX + GAP) - GAP
-HEIGHT = 70
+ROW = 72  # height of a row: boxes, and the bars of their groups below
+MOST_BOXES = 13  # in a row, so that the words can be read at the width of a page
+WIDTH = 2 * LEFT + MOST_BOXES * (BOX + GAP) - GAP
 
 
 class Colors(NamedTuple):
@@ -93,49 +94,84 @@ def colors_of(stage: int, here: int) -> Colors:
     return DONE if stage < here else AHEAD
 
 
-def draw_stages(here: int) -> list[str]:
-    """Draw a box for each stage; the one that is lit is a little taller."""
-    parts = []
-    for i, stage in enumerate(STAGES):
-        number, name = stage.split()
-        colors = colors_of(i, here)
+class Place(NamedTuple):
+    """Where a group begins."""
 
-        # The box.
-        x = LEFT + i * (BOX + GAP)
-        extra = 3 if i == here else 0
-        parts.append(rect(x, 5 - extra, BOX, 41 + 2 * extra, colors.fill))
-
-        # Its number and its name; a long name needs smaller letters.
-        middle = x + BOX / 2
-        size = 9 if len(name) < 10 else 8
-        parts.append(text(middle, 22, number, colors.ink, 12, bold=True))
-        parts.append(text(middle, 37, name, colors.ink, size))
-    return parts
+    row: int  # counted from the top
+    column: int  # boxes to the left of it
 
 
-def draw_groups() -> list[str]:
-    """Draw a labeled bar under the boxes of each group."""
-    parts = []
-    boxes = 0
-    for label, stages in GROUPS:
-        x = LEFT + boxes * (BOX + GAP)
-        width = len(stages) * (BOX + GAP) - GAP
-        parts.append(rect(x, 53, width, 14, GROUP.fill))
-        parts.append(text(x + width / 2, 63.5, label, GROUP.ink, 10))
-        boxes += len(stages)
+def place_groups() -> list[Place]:
+    """Put the groups into rows, each whole."""
+    places = []
+    row = 0
+    column = 0
+    for _, stages in GROUPS:
+        if column + len(stages) > MOST_BOXES:
+            row += 1
+            column = 0
+        places.append(Place(row, column))
+        column += len(stages)
+    return places
+
+
+def draw_stage(
+    stage: str,  # number and name
+    place: Place,  # of its box
+    colors: Colors,  # of its box
+    extra: int,  # pixels by which it is taller, above and below
+) -> list[str]:
+    """Draw the box of a stage, with its number and its name."""
+    number, name = stage.split()
+    x = LEFT + place.column * (BOX + GAP)
+    y = place.row * ROW
+    middle = x + BOX / 2
+    size = 10 if len(name) < 11 else 8.5  # a long name needs smaller letters
+    return [
+        rect(x, y + 5 - extra, BOX, 41 + 2 * extra, colors.fill),
+        text(middle, y + 22, number, colors.ink, 12, bold=True),
+        text(middle, y + 37, name, colors.ink, size),
+    ]
+
+
+def draw_group(
+    number: int,  # of the group
+    place: Place,  # of its first box
+    here: int,  # number of the stage that is lit
+) -> list[str]:
+    """Draw the boxes of a group, and a labeled bar under them."""
+    label, stages = GROUPS[number]
+    x = LEFT + place.column * (BOX + GAP)
+    y = place.row * ROW
+    width = len(stages) * (BOX + GAP) - GAP
+    parts = [
+        rect(x, y + 53, width, 14, GROUP.fill),
+        text(x + width / 2, y + 63.5, label, GROUP.ink, 10),
+    ]
+
+    # The stage that is lit is a little taller.
+    first = sum(len(others) for _, others in GROUPS[:number])
+    for i, stage in enumerate(stages):
+        box = Place(place.row, place.column + i)
+        extra = 3 if first + i == here else 0
+        parts += draw_stage(stage, box, colors_of(first + i, here), extra)
     return parts
 
 
 def svg(here: int) -> str:
     """Draw the picture with stage number `here` (its place in STAGES) lit."""
+    places = place_groups()
+    height = (places[-1].row + 1) * ROW
     attributes = (
         'xmlns="http://www.w3.org/2000/svg"',
-        f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"',
+        f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" role="img"',
         'font-family="system-ui, Segoe UI, Helvetica, Arial, sans-serif" text-anchor="middle"',
     )
     head = f"<svg {' '.join(attributes)}>"
     title = f"<title>You are here: {STAGES[here]}</title>"
-    return "\n".join([head, title, *draw_groups(), *draw_stages(here), "</svg>"]) + "\n"
+    groups = [draw_group(number, place, here) for number, place in enumerate(places)]
+    parts = [part for group in groups for part in group]
+    return "\n".join([head, title, *parts, "</svg>"]) + "\n"
 
 
 def is_up_to_date(path: Path, content: str) -> bool:
