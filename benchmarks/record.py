@@ -1,0 +1,300 @@
+"""Write a file of results, nbs/results/NAME.json, from finished runs or by measuring now.
+
+    python benchmarks/record.py default runs/speedrun-0/base   # the run of `tinylm pretrain`
+    python benchmarks/record.py speedrun runs/speedrun-0 runs/speedrun-1 runs/speedrun-2
+    python benchmarks/record.py loop                          # what makes a step fast
+    python benchmarks/record.py trials                        # what makes the recipe good
+    python benchmarks/record.py decoding                      # decode.py on a shape of 135M
+
+Each file says how its figures came about: command, commit, date, machine, seeds. Prose that uses a
+figure links its file, and `python tools/claims.py` compares the two.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from datetime import date
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import yaml
+
+from tinylm.data import Batches
+from tinylm.engine import Engine, next_token_loss
+from tinylm.evaluate import mean_and_interval
+from tinylm.experiments import ablate
+from tinylm.model import TinyLM
+from tinylm.pretrain import PretrainConfig
+from tinylm.recipes import change_fields, read_recipe
+from tinylm.token_cache import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "nbs" / "results"
+
+
+def commit() -> str:
+    """Return the commit of the code."""
+    command = ["git", "rev-parse", "--short=8", "HEAD"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def machine() -> dict:
+    """Describe the machine, without its name."""
+    flags = Path("/proc/cpuinfo")
+    text = flags.read_text("utf-8") if flags.exists() else ""
+    units = [name for name in ("avx2", "avx512f", "amx_bf16") if f" {name} " in text]
+    return {
+        "cores": os.cpu_count(),
+        "architecture": platform.machine(),
+        "vector_units": units,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def write(
+    name: str,  # of the file
+    command: str,  # what a reader types for the same figures
+    seeds: list[int],  # of the runs
+    figures: dict,  # what was measured
+) -> None:
+    """Write a file of results."""
+    entry = {
+        "command": command,
+        "commit": commit(),
+        "date": str(date.today()),
+        "machine": machine(),
+        "seeds": seeds,
+        "figures": figures,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(entry, indent=1) + "\n", "utf-8")
+    print(path)
+
+
+def rows(run: Path, key: str) -> list[dict]:
+    """Return the lines of a run's metrics that have a key."""
+    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if key in row]
+
+
+def last(run: Path, key: str) -> dict:
+    """Return the last line of a run's metrics that has a key."""
+    return rows(run, key)[-1]
+
+
+def percent(share: float) -> float:
+    """Return a share in percent, with two decimals."""
+    return round(100 * share, 2)
+
+
+def interval(values: list[float]) -> dict:
+    """Return the mean of some runs, and half its 95% interval."""
+    mean, half = mean_and_interval(np.array(values), np.ones(len(values)))
+    return {"mean": round(mean, 4), "half_of_95_interval": round(half or 0.0, 4), "n": len(values)}
+
+
+def right_percent(score: dict) -> float:
+    """Return the share of right answers of a score in a report."""
+    return percent(score["right"] / score["total"])
+
+
+def record_default(run: Path, report: dict) -> None:
+    """Write down one run of the default recipe, and its report."""
+    final = last(run, "validation_loss")
+    answers = report["exact_match"]["all"]
+    curve = {row["step"]: round(row["validation_loss"], 4) for row in rows(run, "validation_loss")}
+
+    # The names say the units.
+    figures = {
+        "loss": round(report["loss"], 4),
+        "loss_half_of_95_interval": round(report["loss_interval"], 4),
+        "floor": round(report["floor"], 4),
+        "distance_to_the_floor_percent": percent(report["distance_to_floor"]),
+        "distance_half_of_95_interval_percent": percent(report["gap_interval"] / report["floor"]),
+        "documents": report["documents"],
+        "perplexity": round(report["perplexity"], 3),
+        "bits_per_byte": round(report["bits_per_byte"], 4),
+        "questions": answers["total"],
+        "questions_right_percent": right_percent(answers),
+        "tokens": final["tokens"],
+        "steps": final["step"],
+        "seconds_of_training": round(final["elapsed"], 1),
+        "validation_loss_by_step": curve,
+    }
+    config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+    write("default", "tinylm pretrain", [config["train"]["seed"]], figures)
+
+
+def stage_figures(reports: list[dict]) -> dict:
+    """Summarize the reports of one stage, one report for each seed."""
+    chats = {}
+    for kind in reports[0]["chat"]:
+        shares = [right_percent(report["chat"][kind]) for report in reports]
+        chats[kind] = {**interval(shares), "by_seed": shares}
+    in_story = [right_percent(report["exact_match"]["all"]) for report in reports]
+    distances = [percent(report["distance_to_floor"]) for report in reports]
+    return {
+        "right_replies_percent": chats,
+        "words_in_a_reply": interval([report["reply_words"] for report in reports]),
+        "answers_in_the_story_percent": {**interval(in_story), "by_seed": in_story},
+        "distance_to_the_floor_percent": {**interval(distances), "by_seed": distances},
+    }
+
+
+def record_speedrun(folders: list[Path]) -> None:
+    """Write down several runs of the whole path, that differ in their seed."""
+    seeds = []
+    reports = []
+    for folder in folders:
+        config = yaml.safe_load((folder / "base" / "config.yaml").read_text("utf-8"))
+        seeds.append(config["train"]["seed"])
+        report = json.loads((folder / "report" / "report.json").read_text("utf-8"))
+        reports.append({Path(run).name: figures for run, figures in report.items()})
+    figures = {}
+    for stage in ("base", "sft", "lora", "dpo"):
+        figures[stage] = stage_figures([report[stage] for report in reports])
+
+    # What preferences change, seed by seed.
+    before = figures["sft"]["right_replies_percent"]["all"]["by_seed"]
+    after = figures["dpo"]["right_replies_percent"]["all"]["by_seed"]
+    changes = [round(dpo - sft, 2) for sft, dpo in zip(before, after, strict=True)]
+    figures["dpo_minus_sft_percent"] = {**interval(changes), "by_seed": changes}
+    figures["questions"] = reports[0]["sft"]["chat"]["all"]["total"]
+    write("speedrun", "tinylm speedrun --seed N; record.py speedrun FOLDERS", seeds, figures)
+
+
+def default_recipe() -> PretrainConfig:
+    """Return the recipe of `tinylm pretrain`."""
+    return read_recipe("default")
+
+
+def median_step(
+    config: PretrainConfig,  # the recipe
+    steps: int,  # how many are timed; the first three do not count
+    wrong: dict,  # names of the library, and what replaces them
+) -> float:  # milliseconds
+    """Measure a training step with parts of the library replaced."""
+    prepared = prepare(config.data)
+    batches = Batches(prepared.train, config.data.seq_len, config.train.batch_size)
+
+    # The replacements last for one measurement.
+    with ExitStack() as stack:
+        for target, replacement in wrong.items():
+            stack.enter_context(patch(target, replacement))
+        torch.manual_seed(0)
+        model = TinyLM(change_fields(config.model, {"vocab_size": len(prepared.tokenizer)}))
+        engine = Engine(model, next_token_loss(model), config.train)
+        times = []
+        for step in range(steps):
+            begin = time.perf_counter()
+            engine.step(batches.batch(step), step)
+            times.append(1000 * (time.perf_counter() - begin))
+    return statistics.median(times[3:])
+
+
+def record_loop(steps: int) -> None:
+    """Measure what each lever of the training loop is worth, in turns."""
+    recipe = default_recipe()
+    ways: dict[str, tuple[PretrainConfig, dict]] = {
+        "bf16, attention at once": (recipe, {}),
+        "bf16, attention in blocks": (recipe, {"tinylm.attention.SHORT": 0}),
+        "fp32": (change_fields(recipe, {"train.precision": "fp32"}), {}),
+    }
+
+    # In turns, so that a slow minute of the machine hits all of them.
+    rounds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(3):
+        for name, (config, wrong) in ways.items():
+            rounds[name].append(round(median_step(config, steps, wrong), 1))
+    figures: dict = {}
+    for name, times in rounds.items():
+        figures[name] = {"milliseconds_per_step": statistics.median(times), "by_round": times}
+    figures["tokens_in_a_step"] = recipe.train.batch_size * recipe.data.seq_len
+    write("loop", "python benchmarks/record.py loop", [0], figures)
+
+
+TRIALS = {
+    "embeddings start at 0.02": {"model.embedding_range": 0.02},
+    "embeddings start at 0.1": {"model.embedding_range": 0.1},
+    "Muon at 0.003": {"train.muon_learning_rate": 0.003},
+    "Muon at 0.012": {"train.muon_learning_rate": 0.012},
+    "AdamW for all": {"train.optimizer": "adamw"},
+    "without QK-norm": {"model.qk_norm": False},
+    "a cosine schedule": {"train.schedule": "cosine"},
+    "4 layers": {"model.num_hidden_layers": 4},
+}
+
+
+def record_trials(steps: int, seeds: list[int]) -> None:
+    """Train short runs of the default recipe with one change each."""
+    # The runs are not kept, only how far each is above the floor.
+    with tempfile.TemporaryDirectory() as folder:
+        short = {
+            "train.max_steps": steps,
+            "train.sample_interval": 0,
+            "train.eval_interval": steps,
+            "train.checkpoint_interval": steps,
+            "out": folder,
+        }
+        runs = ablate(change_fields(default_recipe(), short), TRIALS, seeds)
+    by_name: dict[str, list[float]] = {}
+    for row in runs:
+        by_name.setdefault(row["name"], []).append(round(row["excess"], 4))
+    figures = {
+        name: {"nats_above_the_floor": {**interval(values), "by_seed": values}}
+        for name, values in by_name.items()
+    }
+    write("trials", f"python benchmarks/record.py trials --steps {steps}", seeds, figures)
+
+
+def record_decoding() -> None:
+    """Run decode.py and keep its figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "decode.json"
+        command = [sys.executable, str(ROOT / "benchmarks" / "decode.py")]
+        flags = ["--shapes", "135m", "--repeats", "3", "--new-tokens", "48"]
+        subprocess.run([*command, *flags, "--out", str(out)], check=True)
+        figures = json.loads(out.read_text("utf-8"))
+    write("decoding", "python benchmarks/decode.py " + " ".join(flags), [0], figures)
+
+
+def main() -> None:
+    """Record what is asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=["default", "speedrun", "loop", "trials", "decoding"])
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
+    parser.add_argument("--steps", type=int, default=400, help="of a trial, or to time (loop: 30)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
+
+    # The first two read finished runs, the others measure now.
+    if arguments.name == "default":
+        (run,) = arguments.runs
+        report = json.loads((run.parent / "report" / "report.json").read_text("utf-8"))
+        record_default(run, report[str(run)])
+    elif arguments.name == "speedrun":
+        record_speedrun(arguments.runs)
+    elif arguments.name == "loop":
+        record_loop(min(arguments.steps, 30))
+    elif arguments.name == "trials":
+        record_trials(arguments.steps, arguments.seeds)
+    else:
+        record_decoding()
+
+
+if __name__ == "__main__":
+    main()
