@@ -1,18 +1,28 @@
-"""Write nbs/images/roadmap-NN.svg: all notebooks in a few rows, with notebook NN lit.
+"""Draw the map of the notebooks: pictures for their heads, and the table in nbs/index.ipynb.
 
-The stages are the notebooks in nbs/ whose names begin with a number, so a new notebook appears by
-itself. A gold line under a box marks the core path. `--check` says whether the pictures are up to
-date. Every word stands on a filled box, so that the picture can be read on a light and on a dark
-page; eight boxes a row keep it readable on a phone.
+nbs/images/roadmap-NN.svg shows all notebooks in a few rows, with notebook NN lit and a gold line
+under the core path. The table says what each notebook is about, in the sentence under its title.
+The notebooks are those in nbs/ whose names begin with a number, so a new one appears by itself.
+`--check` says whether pictures and table are up to date. After a change of the table, README.md is
+rebuilt with tools/build_readme.py.
+
+Every word stands on a filled box, so that the picture can be read on a light and on a dark page;
+eight boxes a row keep it readable on a phone.
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import nbformat
+
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 IMAGES = NBS / "images"
+INDEX = NBS / "index.ipynb"
+TABLE_HEAD = "| | notebook | what it is about |\n|---|---|---|"
+TABLE = re.compile(re.escape(TABLE_HEAD) + r"(?:\n\|[^\n]*)*")
 
 # The parts of the course, by the first digit of a notebook's number.
 PARTS = {
@@ -164,6 +174,36 @@ def svg(names: list[str], here: int) -> str:
     return "\n".join([head, title, *parts, "</svg>"]) + "\n"
 
 
+def sentence_of(name: str) -> str:
+    """Read the sentence under the title of a notebook."""
+    cells = nbformat.read(NBS / f"{name}.ipynb", as_version=4).cells
+    match = re.search(r"^> *(.+)$", cells[0].source, re.MULTILINE)
+    return match[1] if match else ""
+
+
+def table(names: list[str]) -> str:
+    """Write the table of all notebooks; a dot marks the core path."""
+    rows = [TABLE_HEAD]
+    for name in names:
+        dot = "●" if name[:2] in CORE_PATH else ""
+        link = f"[{name.replace('_', ' ')}]({name}.ipynb)"
+        rows.append(f"| {dot} | {link} | {sentence_of(name)} |")
+    return "\n".join(rows)
+
+
+def write_table(names: list[str], check: bool) -> bool:
+    """Put the table into the index, or only say whether it is up to date."""
+    index = nbformat.read(INDEX, as_version=4)
+    cell = next(cell for cell in index.cells if TABLE.search(cell.source))
+    new = TABLE.sub(lambda _: table(names), cell.source)
+    if new == cell.source:
+        return True
+    if not check:
+        cell.source = new
+        nbformat.write(index, INDEX)
+    return False
+
+
 def is_up_to_date(path: Path, content: str) -> bool:
     """Say whether a file holds this content."""
     return path.exists() and path.read_text("utf-8") == content
@@ -181,10 +221,14 @@ def main() -> int:
     files = {IMAGES / f"roadmap-{name[:2]}.svg": svg(names, i) for i, name in enumerate(names)}
     changed = [path for path in files if not is_up_to_date(path, files[path])]
     stale = sorted(set(IMAGES.glob("roadmap-*.svg")) - files.keys())
+    is_table_new = not write_table(names, check)
     if check:
-        for path in changed + stale:
-            print(f"{path.name} is out of date; python tools/roadmap.py")
-        return 1 if changed or stale else 0
+        outdated = [path.name for path in changed + stale]
+        if is_table_new:
+            outdated.append("the table in nbs/index.ipynb")
+        for name in outdated:
+            print(f"{name} is out of date; python tools/roadmap.py && python tools/build_readme.py")
+        return 1 if outdated else 0
 
     # Write what changed, and delete pictures of notebooks that are gone.
     for path in stale:
@@ -192,7 +236,8 @@ def main() -> int:
     IMAGES.mkdir(parents=True, exist_ok=True)
     for path in changed:
         path.write_text(files[path], "utf-8")
-    print(f"{len(changed)} of {len(files)} pictures written")
+    table_note = ", and the table in nbs/index.ipynb" if is_table_new else ""
+    print(f"written: {len(changed)} of {len(files)} pictures{table_note}")
     return 0
 
 
