@@ -24,12 +24,12 @@ DEFAULT_TEXT = (
     "Leo had two nuts. How many nuts did Leo have? He had two nuts."
 )
 
-WIDTH = 640  # of the picture, in pixels, as all lengths here
+WIDTH = 520  # of the picture, in pixels, as all lengths here
 MARGIN = 16
 ROW = 62  # height of a row without its text
 LINE = 20  # height of a line of text
-COLUMNS = 68  # characters of text in a line
-LINES = 3  # of text in a row, at most
+COLUMNS = 54  # characters of text in a line
+LINES = 4  # of text in a row, at most
 LONGEST_BAR = WIDTH - 2 * MARGIN
 FONT = "system-ui, Segoe UI, Helvetica, Arial, sans-serif"
 
@@ -51,22 +51,30 @@ def printed(notebook: Path) -> str:
 
 def rows() -> list[Row]:
     """Read the models of the tour, and add the default run."""
+    # What the tour has printed.
     text = printed(NBS / "00_tour.ipynb")
     distances = re.findall(r"^(.+?) +([\d.]+) nats above the floor", text, re.MULTILINE)
     distance = {name: float(number) for name, number in distances}
     before, _ = re.findall(r"^before: +(It was .+)$", text, re.MULTILINE)
     pairs, head = re.findall(r"^after: +(It was .+)$", text, re.MULTILINE)
     library = re.findall(r"^tinylm: +(It was .+)$", text, re.MULTILINE)[0]
+
+    # From the worst model to the best.
     return [
         Row("no training", distance["no training"], before),
         Row("a table of word pairs", distance["word pairs"], pairs),
         Row("one attention head", distance["one head"], head),
         Row("two layers of tinylm", distance["tinylm"], library),
-        Row("tinylm pretrain, a few minutes", DEFAULT_DISTANCE, DEFAULT_TEXT),
+        Row("tinylm pretrain", DEFAULT_DISTANCE, DEFAULT_TEXT),
     ]
 
 
-def text(x: float, y: float, words: str, attributes: str) -> str:
+def text(
+    x: float,  # left edge of the words, or the right one, as the attributes say
+    y: float,  # the line they stand on
+    words: str,  # what is written
+    attributes: str,  # of the SVG element: font and color
+) -> str:
     """Write words."""
     escaped = words.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return f'<text x="{x:g}" y="{y:g}" {attributes}>{escaped}</text>'
@@ -86,11 +94,12 @@ def height_of(row: Row) -> int:
 
 
 def draw(
-    row: Row,
+    row: Row,  # what to draw
     y: float,  # upper edge
     longest: float,  # distance of the longest bar
 ) -> list[str]:
     """Draw a row: name and distance, a bar, and the text."""
+    # Name, distance, and a bar as long as the distance.
     distance = f"{row.distance:.2f} nats above the floor"
     bar = max(2, row.distance / longest * LONGEST_BAR)
     right = f'fill="#55606b" font-size="15" text-anchor="end" font-family="{FONT}"'
@@ -99,7 +108,9 @@ def draw(
         text(WIDTH - MARGIN, y + 18, distance, right),
         f'<rect x="{MARGIN}" y="{y + 27}" width="{bar:g}" height="9" rx="2" fill="#17386f"/>',
     ]
-    style = 'font-size="16" font-style="italic" font-family="Georgia, serif" fill="#37424d"'
+
+    # What the model writes.
+    style = 'font-size="15.5" font-style="italic" font-family="Georgia, serif" fill="#37424d"'
     for i, line in enumerate(lines_of(row)):
         parts.append(text(MARGIN, y + 57 + LINE * i, line, style))
     return parts
@@ -107,6 +118,7 @@ def draw(
 
 def svg() -> str:
     """Draw the picture."""
+    # The page.
     drawn = rows()
     height = MARGIN + sum(height_of(row) for row in drawn)
     longest = max(row.distance for row in drawn)
@@ -116,6 +128,8 @@ def svg() -> str:
     )
     title = "<title>What five models write, and how far each is above the floor</title>"
     page = f'<rect x="1" y="1" width="{WIDTH - 2}" height="{height - 2}" rx="10" fill="#f8f8f9"'
+
+    # The rows, one under the other.
     parts = []
     y = MARGIN
     for row in drawn:
@@ -130,12 +144,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it is stale")
     check = parser.parse_args().check
+
+    # Compare the picture with the one that exists.
     new = svg()
     if check:
         if not PICTURE.exists() or PICTURE.read_text("utf-8") != new:
             print(f"{PICTURE.name} is out of date; python tools/five_models.py")
             return 1
         return 0
+
     PICTURE.write_text(new, "utf-8")
     return 0
 

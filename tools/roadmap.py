@@ -107,7 +107,7 @@ def boxes(names: list[str], here: int) -> list[Box]:
 def rect(
     x: float,  # left edge
     y: float,  # upper edge
-    width: float,
+    width: float,  # in pixels, as all lengths here
     height: float,  # downward
     fill: str,  # color
 ) -> str:
