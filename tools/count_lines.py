@@ -1,6 +1,6 @@
 """Count the lines of code of each part of the library, and keep the table in nbs/index.ipynb.
 
-    python tools/count_lines.py             print the table
+    python tools/count_lines.py             print the lines of each notebook, and the table
     python tools/count_lines.py --write     also put it into nbs/index.ipynb
     python tools/count_lines.py --check     exit 1 if nbs/index.ipynb holds another one
 
@@ -27,8 +27,8 @@ PARTS = {  # the first digit of a notebook's number: the part it belongs to
     "5": "post-training",
     "6": "use and study",
 }
-# Notebooks that are not the language model proper: the built-in stories, the checkpoint formats of
-# other projects, experiments, the command line.
+# Notebooks that are not the language model itself: the built-in stories, the checkpoint formats of
+# other projects, experiments, exercises, the command line.
 AROUND = (
     "corpus",
     "checkpoints",
@@ -36,11 +36,15 @@ AROUND = (
     "recipes",
     "experiments",
     "scaling",
+    "studies",
+    "preference_study",
+    "exercise_bank",
+    "exercises",
     "commands",
     "talk",
     "cli",
 )
-LIMIT = 5000  # lines of code that the language model proper may have
+LIMIT = 5000  # lines of code that the language model itself may have
 TABLE = re.compile(r"\| part \| lines of code \|.*?lines of code, [^\n]*", re.DOTALL)
 
 
@@ -78,23 +82,22 @@ def count_by_notebook() -> dict[str, int]:
 def render() -> str:
     """Write the table, and the sentence below it."""
     counts = count_by_notebook()
-    rows = ["| part | lines of code | notebooks |", "|---|---|---|"]
+    rows = ["| part | lines of code |", "|---|---|"]
     for digit, part in PARTS.items():
         names = [name for name in counts if name[0] == digit]
         lines = sum(counts[name] for name in names)
-        details = ", ".join(f"{name[3:]} {counts[name]:,}" for name in names)
         if names:
-            rows.append(f"| {digit} {part} | {lines:,} | {details} |")
-    rows.append(f"| all | {sum(counts.values()):,} | |")
+            rows.append(f"| {digit} {part} | {lines:,} |")
+    rows.append(f"| all | {sum(counts.values()):,} |")
 
-    # The language model proper.
+    # The language model itself.
     around = [name for name in counts if name[3:] in AROUND]
     proper = sum(counts.values()) - sum(counts[name] for name in around)
     comparison = "below" if proper < LIMIT else "above"
-    names = ", ".join(name[3:] for name in around)
     sentence = (
-        f"The language model proper, which is all but {names}, has {proper:,} lines of code, "
-        f"{comparison} its limit of {LIMIT:,}."
+        f"The language model itself has {proper:,} lines of code, {comparison} the limit of "
+        f"{LIMIT:,} that it is to keep. The rest is the built-in stories, the checkpoint formats "
+        "of other projects, experiments, exercises and the command line."
     )
     return "\n".join([*rows, "", sentence])
 
@@ -108,6 +111,8 @@ def main() -> int:
     options = parser.parse_args()
     table = render()
     if not options.check:
+        for name, lines in count_by_notebook().items():
+            print(f"{name:20} {lines:6,}")
         print(table)
 
     # Find the cell of the index that holds a table.

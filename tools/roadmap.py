@@ -1,53 +1,51 @@
-"""Write nbs/images/roadmap-NN.svg: all stages in a few rows, with stage NN lit.
+"""Draw the map of the notebooks: pictures for their heads, and the table in nbs/index.ipynb.
 
-`--check` says whether the pictures are up to date. Every word stands on a filled box, so that
-the picture can be read on a light and on a dark page.
+nbs/images/roadmap-NN.svg shows all notebooks in a few rows, with notebook NN lit and a gold line
+under the core path. The table says what each notebook is about, in the sentence under its title.
+The notebooks are those in nbs/ whose names begin with a number, so a new one appears by itself.
+`--check` says whether pictures and table are up to date. After a change of the table, README.md is
+rebuilt with tools/build_readme.py.
+
+Every word stands on a filled box, so that the picture can be read on a light and on a dark page;
+eight boxes a row keep it readable on a phone.
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-IMAGES = Path(__file__).resolve().parent.parent / "nbs" / "images"
+import nbformat
 
-# One line per group of stages: the group's name, then its notebooks. A new notebook is added here.
-GROUPS = [
-    ("0 start", ["01 tokenizer", "02 chat_template", "09 basics"]),
-    (
-        "1 the model",
-        [
-            "10 rope",
-            "11 attention",
-            "12 mla",
-            "13 feedforward",
-            "14 moe",
-            "15 model",
-            "16 cost",
-            "18 checkpoints",
-            "19 lora",
-        ],
-    ),
-    ("2 generation", ["20 kv_cache", "21 generate", "22 decoding"]),
-    ("3 data", ["30 corpus", "31 data", "32 files", "33 token_cache"]),
-    (
-        "4 pretraining",
-        ["40 optim", "41 engine", "42 runs", "43 pretrain", "44 evaluate", "45 report"],
-    ),
-    ("5 tuning", ["50 chat", "51 sft", "52 dpo", "55 talk"]),
-    (
-        "6 use, study",
-        ["60 hub", "61 recipes", "62 experiments", "63 commands", "64 cli", "70 proofs"],
-    ),
-]
-STAGES = [stage for _, stages in GROUPS for stage in stages]
+NBS = Path(__file__).resolve().parent.parent / "nbs"
+IMAGES = NBS / "images"
+INDEX = NBS / "index.ipynb"
+TABLE_HEAD = "| | notebook | what it is about |\n|---|---|---|"
+TABLE = re.compile(re.escape(TABLE_HEAD) + r"(?:\n\|[^\n]*)*")
 
-BOX = 66  # width of a box
+# The parts of the course, by the first digit of a notebook's number.
+PARTS = {
+    "0": "start",
+    "1": "model",
+    "2": "generation",
+    "3": "data",
+    "4": "pretraining",
+    "5": "tuning",
+    "6": "use, study",
+    "7": "use, study",
+}
+# What a first-time reader needs: from text to a trained model that writes and answers.
+CORE_PATH = ("00", "01", "10", "11", "13", "15", "21", "30", "31", "43", "51")
+
+COLUMNS = 8  # boxes in a row
+BOX = 62  # width of a box, in pixels, as all lengths here
+HEIGHT = 40  # of a box
 GAP = 4  # space between two boxes
-LEFT = 4  # margin
-ROW = 72  # height of a row: boxes, and the bars of their groups below
-MOST_BOXES = 13  # in a row, so that the words can be read at the width of a page
-WIDTH = 2 * LEFT + MOST_BOXES * (BOX + GAP) - GAP
+MARGIN = 4
+LINE = 4  # thickness of the line under the core path
+ROW = HEIGHT + LINE + 2 * GAP
+WIDTH = 2 * MARGIN + COLUMNS * (BOX + GAP) - GAP
 
 
 class Colors(NamedTuple):
@@ -60,7 +58,50 @@ class Colors(NamedTuple):
 DONE = Colors("#3d6f8e", "#ffffff")
 HERE = Colors("#c2410c", "#ffffff")
 AHEAD = Colors("#e4e8ec", "#37424d")
-GROUP = Colors("#55606b", "#ffffff")
+PART = Colors("#55606b", "#ffffff")
+CORE = "#e0a100"  # the line under the core path
+
+
+class Box(NamedTuple):
+    """A box of the picture."""
+
+    head: str  # first line, in bold type
+    words: list[str]  # the lines below it
+    colors: Colors
+    core: bool = False  # a line under it
+
+
+def stages() -> list[str]:
+    """List the notebooks, such as `10_rope`, in their order."""
+    return [path.stem for path in sorted(NBS.glob("[0-9][0-9]_*.ipynb"))]
+
+
+def lines_of(name: str) -> list[str]:
+    """Split the name of a notebook into lines that fit a box."""
+    words = name.split("_")
+    one_line = " ".join(words)
+    return [one_line] if len(one_line) < 11 or len(words) == 1 else [words[0], " ".join(words[1:])]
+
+
+def colors_of(stage: int, here: int) -> Colors:
+    """Choose the colors of a stage: passed, lit, or still ahead."""
+    if stage == here:
+        return HERE
+    return DONE if stage < here else AHEAD
+
+
+def boxes(names: list[str], here: int) -> list[Box]:
+    """List the boxes in their order; a dark one opens each part, and the last one is a legend."""
+    result = []
+    part = ""
+    for i, name in enumerate(names):
+        if PARTS[name[0]] != part:
+            part = PARTS[name[0]]
+            result.append(Box("", part.split(", "), PART))
+        core = name[:2] in CORE_PATH
+        result.append(Box(name[:2], lines_of(name[3:]), colors_of(i, here), core))
+    result.append(Box("", ["core path"], AHEAD, core=True))
+    return result
 
 
 def rect(
@@ -71,7 +112,7 @@ def rect(
     fill: str,  # color
 ) -> str:
     """Draw a filled box."""
-    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="4" fill="{fill}"/>'
+    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="3" fill="{fill}"/>'
 
 
 def text(
@@ -87,91 +128,80 @@ def text(
     return f'<text x="{x:g}" y="{y:g}" fill="{fill}" font-size="{size:g}"{weight}>{words}</text>'
 
 
-def colors_of(stage: int, here: int) -> Colors:
-    """Choose the colors of a stage: passed, lit, or still ahead."""
-    if stage == here:
-        return HERE
-    return DONE if stage < here else AHEAD
+def size_of(words: str) -> float:
+    """Choose the size of the font, so that the words fit a box."""
+    if words.isdigit():
+        return 13
+    return 10.5 if len(words) < 10 else 9.5
 
 
-class Place(NamedTuple):
-    """Where a group begins."""
-
-    row: int  # counted from the top
-    column: int  # boxes to the left of it
-
-
-def place_groups() -> list[Place]:
-    """Put the groups into rows, each whole."""
-    places = []
-    row = 0
-    column = 0
-    for _, stages in GROUPS:
-        if column + len(stages) > MOST_BOXES:
-            row += 1
-            column = 0
-        places.append(Place(row, column))
-        column += len(stages)
-    return places
-
-
-def draw_stage(
-    stage: str,  # number and name
-    place: Place,  # of its box
-    colors: Colors,  # of its box
-    extra: int,  # pixels by which it is taller, above and below
-) -> list[str]:
-    """Draw the box of a stage, with its number and its name."""
-    number, name = stage.split()
-    x = LEFT + place.column * (BOX + GAP)
-    y = place.row * ROW
+def draw(box: Box, place: int) -> list[str]:
+    """Draw a box at its place, counted from the upper left corner, row by row."""
+    row, column = divmod(place, COLUMNS)
+    x = MARGIN + column * (BOX + GAP)
+    y = MARGIN + row * ROW
     middle = x + BOX / 2
-    size = 10 if len(name) < 11 else 8.5  # a long name needs smaller letters
-    return [
-        rect(x, y + 5 - extra, BOX, 41 + 2 * extra, colors.fill),
-        text(middle, y + 22, number, colors.ink, 12, bold=True),
-        text(middle, y + 37, name, colors.ink, size),
-    ]
+    parts = [rect(x, y, BOX, HEIGHT, box.colors.fill)]
 
+    # The words, centered.
+    lines = [box.head, *box.words] if box.head else box.words
+    spacing = 11 if len(lines) > 2 else 12.5
+    baseline = y + HEIGHT / 2 - spacing * len(lines) / 2 + 9.5
+    for words in lines:
+        size = size_of(words)
+        bold = words == box.head or box.colors is PART
+        parts.append(text(middle, baseline, words, box.colors.ink, size, bold))
+        baseline += spacing
 
-def draw_group(
-    number: int,  # of the group
-    place: Place,  # of its first box
-    here: int,  # number of the stage that is lit
-) -> list[str]:
-    """Draw the boxes of a group, and a labeled bar under them."""
-    label, stages = GROUPS[number]
-    x = LEFT + place.column * (BOX + GAP)
-    y = place.row * ROW
-    width = len(stages) * (BOX + GAP) - GAP
-    parts = [
-        rect(x, y + 53, width, 14, GROUP.fill),
-        text(x + width / 2, y + 63.5, label, GROUP.ink, 10),
-    ]
-
-    # The stage that is lit is a little taller.
-    first = sum(len(others) for _, others in GROUPS[:number])
-    for i, stage in enumerate(stages):
-        box = Place(place.row, place.column + i)
-        extra = 3 if first + i == here else 0
-        parts += draw_stage(stage, box, colors_of(first + i, here), extra)
+    if box.core:
+        parts.append(rect(x, y + HEIGHT + 2, BOX, LINE, CORE))
     return parts
 
 
-def svg(here: int) -> str:
-    """Draw the picture with stage number `here` (its place in STAGES) lit."""
-    places = place_groups()
-    height = (places[-1].row + 1) * ROW
+def svg(names: list[str], here: int) -> str:
+    """Draw the picture with stage number `here` (its place in `names`) lit."""
+    drawn = boxes(names, here)
+    rows = -(-len(drawn) // COLUMNS)
+    height = 2 * MARGIN + rows * ROW - GAP
     attributes = (
         'xmlns="http://www.w3.org/2000/svg"',
         f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" role="img"',
         'font-family="system-ui, Segoe UI, Helvetica, Arial, sans-serif" text-anchor="middle"',
     )
     head = f"<svg {' '.join(attributes)}>"
-    title = f"<title>You are here: {STAGES[here]}</title>"
-    groups = [draw_group(number, place, here) for number, place in enumerate(places)]
-    parts = [part for group in groups for part in group]
+    title = f"<title>You are here: {names[here].replace('_', ' ', 1)}</title>"
+    parts = [part for place, box in enumerate(drawn) for part in draw(box, place)]
     return "\n".join([head, title, *parts, "</svg>"]) + "\n"
+
+
+def sentence_of(name: str) -> str:
+    """Read the sentence under the title of a notebook."""
+    cells = nbformat.read(NBS / f"{name}.ipynb", as_version=4).cells
+    match = re.search(r"^> *(.+)$", cells[0].source, re.MULTILINE)
+    return match[1] if match else ""
+
+
+def table(names: list[str]) -> str:
+    """Write the table of all notebooks; a dot marks the core path."""
+    rows = [TABLE_HEAD]
+    for name in names:
+        dot = "●" if name[:2] in CORE_PATH else ""
+        link = f"[{name.replace('_', ' ')}]({name}.ipynb)"
+        rows.append(f"| {dot} | {link} | {sentence_of(name)} |")
+    return "\n".join(rows)
+
+
+def write_table(names: list[str], check: bool) -> bool:
+    """Put the table into the index, or only say whether it is up to date."""
+    index = nbformat.read(INDEX, as_version=4)
+    cell = next(cell for cell in index.cells if TABLE.search(cell.source))
+    new = TABLE.sub(lambda _: table(names), cell.source)
+    if new == cell.source:
+        return True
+    if not check:
+        cell.source = new
+        nbformat.write(index, INDEX)
+    return False
 
 
 def is_up_to_date(path: Path, content: str) -> bool:
@@ -187,22 +217,27 @@ def main() -> int:
     check = parser.parse_args().check
 
     # Compare the pictures with those that exist.
-    numbers = [stage.split()[0] for stage in STAGES]
-    files = {IMAGES / f"roadmap-{number}.svg": svg(i) for i, number in enumerate(numbers)}
+    names = stages()
+    files = {IMAGES / f"roadmap-{name[:2]}.svg": svg(names, i) for i, name in enumerate(names)}
     changed = [path for path in files if not is_up_to_date(path, files[path])]
     stale = sorted(set(IMAGES.glob("roadmap-*.svg")) - files.keys())
+    is_table_new = not write_table(names, check)
     if check:
-        for path in changed + stale:
-            print(f"{path.name} is out of date; python tools/roadmap.py")
-        return 1 if changed or stale else 0
+        outdated = [path.name for path in changed + stale]
+        if is_table_new:
+            outdated.append("the table in nbs/index.ipynb")
+        for name in outdated:
+            print(f"{name} is out of date; python tools/roadmap.py && python tools/build_readme.py")
+        return 1 if outdated else 0
 
-    # Write what changed, and delete pictures of stages that are gone.
+    # Write what changed, and delete pictures of notebooks that are gone.
     for path in stale:
         path.unlink()
     IMAGES.mkdir(parents=True, exist_ok=True)
     for path in changed:
         path.write_text(files[path], "utf-8")
-    print(f"{len(changed)} of {len(files)} pictures written")
+    table_note = ", and the table in nbs/index.ipynb" if is_table_new else ""
+    print(f"written: {len(changed)} of {len(files)} pictures{table_note}")
     return 0
 
 
