@@ -107,7 +107,7 @@ def draw_qkv(d: Drawing) -> None:
     heights = [0.61, 0.08, 0.22, 0.08]
     d.row(left, 338, ["0.61", "0.08", "0.22", "0.08"], 96, 34, "gold", 4, 17)
     d.text(132, 361, "weights", 16, anchor="end")
-    for x, weight in zip(middles, heights):
+    for x, weight in zip(middles, heights, strict=True):
         d.line((x, 374), (x, 414), color=BLUE, thick=1.5 + 14 * weight)
     d.row(left, 414, ["v₁", "v₂", "v₃", "v₄"], 96, 34, "purple", 4, 18)
     d.text(132, 430, "values", 16, anchor="end")
@@ -505,8 +505,8 @@ def draw_moe(d: Drawing) -> None:
     470,
     "LoRA: a frozen matrix and two thin ones",
     "A frozen weight W of 128 by 128, 16,384 numbers. Beside it B, 128 by 8, and A, 8 by 128, "
-    "2,048 numbers in all. Their product B A, times alpha / r = 16 / 8 = 2, is added to W. B begins "
-    "at 0, so that the model begins unchanged.",
+    "2,048 numbers in all. Their product B A, times alpha / r = 16 / 8 = 2, is added to W. "
+    "B begins at 0, so that the model begins unchanged.",
 )
 def draw_lora(d: Drawing) -> None:
     """Draw the matrices as rectangles in proportion."""
