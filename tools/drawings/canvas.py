@@ -115,6 +115,8 @@ class Drawing:
         mono: bool = False,  # code and shapes
     ) -> None:
         """Write one line."""
+        if not words:
+            return
         width = text_width(words, size, mono, bold)
         left = x - {"start": 0, "middle": width / 2, "end": width}[anchor]
         if left < 0 or left + width > WIDTH or not 0 < y < self.height:

@@ -86,8 +86,8 @@ def draw_trainer(d: Drawing) -> None:
     690,
     "One optimizer step",
     "A batch is split into micro-batches. Each goes forward and backward, and the gradients of the "
-    "summed losses add up. Then they are divided by the number of targets, clipped to length 1, and "
-    "checked. The optimizers change the weights with the learning rate of this step, and the "
+    "summed losses add up. Then they are divided by the number of targets, clipped to length 1, "
+    "and checked. The optimizers change the weights with the learning rate of this step, and the "
     "gradients are cleared.",
 )
 def draw_step(d: Drawing) -> None:
@@ -291,8 +291,9 @@ def draw_sft(d: Drawing) -> None:
     690,
     "DPO: the loss of one pair of answers",
     "The prompt has a chosen and a rejected answer. The model and the frozen reference give the "
-    "log-probability of each: minus 4 and minus 6 for the chosen one, minus 14 and minus 10 for the "
-    "rejected one. With beta 0.1 the rewards are 0.2 and minus 0.4, the gap is 0.6, and the loss "
+    "log-probability of each: minus 4 and minus 6 for the chosen one, minus 14 and minus 10 for "
+    "the rejected one. With beta 0.1 the rewards are 0.2 and minus 0.4, the gap is 0.6, and the "
+    "loss "
     "minus ln sigmoid of 0.6 is 0.44.",
 )
 def draw_dpo(d: Drawing) -> None:
@@ -342,9 +343,11 @@ def draw_dpo(d: Drawing) -> None:
     "grpo",
     690,
     "GRPO: sample, score, push up what was better",
-    "For one prompt the model writes four answers. A program scores each: 1, 0, 1, 0. The advantage "
-    "is the score minus the mean of the group, divided by its spread: plus 1, minus 1, plus 1, minus "
-    "1. The loss makes tokens of good answers more likely and of bad ones less likely, and keeps "
+    "For one prompt the model writes four answers. A program scores each: 1, 0, 1, 0. The "
+    "advantage is the score minus the mean of the group, divided by its spread: plus 1, minus 1, "
+    "plus 1, "
+    "minus 1. The loss makes tokens of good answers more likely and of bad ones less likely, and "
+    "keeps "
     "the model near a reference.",
 )
 def draw_grpo(d: Drawing) -> None:
@@ -398,8 +401,9 @@ def draw_grpo(d: Drawing) -> None:
     560,
     "An experiment: variants, seeds, intervals",
     "A recipe and two variants are each trained with three seeds. Each run ends with its excess, "
-    "the validation loss above the floor. A table gives the mean of each variant and its difference "
-    "to the first, with a 95 percent interval over seeds. Only an interval without 0 shows a "
+    "the validation loss above the floor. A table gives the mean of each variant and its "
+    "difference to the first, with a 95 percent interval over seeds. Only an interval without 0 "
+    "shows a "
     "difference.",
 )
 def draw_experiment(d: Drawing) -> None:
@@ -467,7 +471,8 @@ def draw_command(d: Drawing) -> None:
         216,
         280,
         104,
-        "recipes (61): values\n1. defaults of the config\n2. recipe file: my.yaml\n3. flags: the last one wins",
+        "recipes (61): values\n1. defaults of the config\n2. recipe file: my.yaml\n"
+        "3. flags: the last one wins",
         "soft",
         15,
         bold=True,
