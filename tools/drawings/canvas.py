@@ -20,7 +20,8 @@ GOLD = "#e2b23a"
 PURPLE = "#6b2d87"
 GREY = "#8b8f94"
 WHITE = "#ffffff"
-PALETTE = (BLUE, RED, SKY, GOLD, PURPLE, GREY, WHITE)
+BLACK = "#000000"  # the floor, as in the plots
+PALETTE = (BLUE, RED, SKY, GOLD, PURPLE, GREY, WHITE, BLACK)
 
 SANS = "system-ui, 'Segoe UI', Helvetica, Arial, sans-serif"
 MONO = "ui-monospace, 'SF Mono', Menlo, Consolas, 'DejaVu Sans Mono', monospace"
@@ -43,7 +44,7 @@ def tint(color: str, share: float = 0.18) -> str:
 
 def shade(color: str, share: float = 0.5) -> str:
     """Mix a color with black."""
-    return mix(color, "#000000", share)
+    return mix(color, BLACK, share)
 
 
 INK = shade(BLUE, 0.4)  # of words and arrows
@@ -117,6 +118,8 @@ class Drawing:
         """Write one line."""
         if not words:
             return
+
+        # A word that leaves the card is a mistake of the drawing.
         width = text_width(words, size, mono, bold)
         left = x - {"start": 0, "middle": width / 2, "end": width}[anchor]
         if left < 0 or left + width > WIDTH or not 0 < y < self.height:
@@ -290,6 +293,8 @@ class Drawing:
             'role="img" aria-labelledby="title description"',
             f'font-family="{SANS}" text-anchor="middle"',
         )
+
+        # The card comes first, so that everything stands on it.
         card = f'<rect x="1" y="1" width="{WIDTH - 2}" height="{self.height - 2:g}" rx="10"'
         lines = [
             f"<svg {' '.join(attributes)}>",

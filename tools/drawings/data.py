@@ -3,128 +3,114 @@
 from .canvas import BLUE, GREY, MARGIN, QUIET, RED, Drawing, diagram
 
 
-@diagram(
-    "corpus",
-    650,
-    "The corpus is a program that draws words",
-    "A story is written by a program with a state: who is where, who holds what, who has how many. "
-    "For the sentence Mia was in the garden it draws a person, 1 of 16, and a place, 1 of 10, "
-    "which costs 2.77 and 2.30 nats. The sentence changes the state. The answer to a question "
-    "follows from the state and costs 0 nats. The sum of all nats is the floor of the loss.",
-)
-def draw_corpus(d: Drawing) -> None:
-    """Draw the state, a sentence with its choices, and an answer."""
-    # State and grammar.
+def _draw_floor(d: Drawing) -> None:
+    """Draw what a story costs, and what follows for every model."""
     d.box(
         MARGIN,
-        62,
-        250,
-        88,
-        "state of the world\nwho is where, who holds\nwhat, how many coins",
-        "gold",
-        16,
-        bold=True,
-    )
-    d.box(
-        290,
-        62,
-        250,
-        88,
-        "grammar\nsentences with slots,\nand how likely each is",
-        "sky",
-        16,
-        bold=True,
-    )
-    d.arrow((145, 150), (145, 176))
-    d.arrow((415, 150), (415, 176))
-
-    # A sentence.
-    d.box(MARGIN, 178, 520, 38, "… {new} was in the {start}.", "white", 17, mono=True)
-    d.arrow((96, 216), (96, 262))
-    d.arrow((412, 216), (412, 262))
-    d.text(108, 246, "1 of 16 people", 15, QUIET, "start")
-    d.text(400, 246, "1 of 10 places", 15, QUIET, "end")
-    words = [("␣Mia", 100, "main"), ("␣was ␣in ␣the", 208, "empty"), ("␣garden", 128, "main")]
-    words += [(".", 60, "empty")]
-    nats = ["ln 16 = 2.77", "0", "ln 10 = 2.30", "0"]
-    x = 20.0
-    for (word, width, kind), cost in zip(words, nats, strict=True):
-        d.box(x, 264, width, 40, word, kind, 17, mono=True)
-        d.text(x + width / 2, 326, cost, 15, mono=True)
-        x += width + 6
-    d.text(MARGIN, 350, "nats of each choice, −ln(probability)", 15, QUIET, "start")
-
-    d.text(MARGIN, 384, "The state now says: Mia is in the garden.", 16, anchor="start")
-
-    # A question.
-    d.text(MARGIN, 424, "A later question has one right answer:", 16, anchor="start", bold=True)
-    d.row(MARGIN, 438, ["Where was Mia?", "Mia was in the"], 176, 38, "soft", 6, 16)
-    d.box(384, 438, 108, 38, "␣garden", "purple", 16, mono=True)
-    d.text(438, 498, "0 nats: it follows", 15, QUIET)
-
-    # The floor.
-    d.box(
-        MARGIN,
-        524,
+        396,
         520,
         62,
-        "floor = all nats of the stories / all tokens\nno model can have a lower expected loss",
+        "P = 1/2 · 1/3 = 1/6\n−ln P = 0.69 + 1.10 = 1.79 nats",
         "main",
-        17,
+        18,
+        mono=True,
     )
     d.text(
-        MARGIN,
-        622,
-        "So we know how far a model is from the best possible loss.",
-        15,
-        QUIET,
-        "start",
+        MARGIN, 494, "floor = nats of the choices / number of words", 17, anchor="start", bold=True
     )
+    d.text(MARGIN, 520, "1.79 / 6 = 0.30 nats per word", 17, anchor="start", mono=True)
+    d.note(
+        MARGIN,
+        552,
+        "A model cannot know the choices in advance, so no model has a lower\n"
+        "expected loss. The stories have more choices, and a state: who is\n"
+        "where, who holds what. What follows from the state costs 0 nats.",
+        14,
+    )
+
+
+@diagram(
+    "corpus",
+    604,
+    "A program with two choices, and its floor",
+    "The program writes the, then cat or dog with probability one half each, then sat on the, then "
+    "mat, rug or bed with one third each. The story the cat sat on the rug has probability 1/6 and "
+    "costs 0.69 plus 1.10, that is 1.79 nats. Divided by its 6 words this is the floor, 0.30 nats "
+    "per word: no model has a lower expected loss.",
+)
+def draw_corpus(d: Drawing) -> None:
+    """Draw the tree of choices, with one story in dark boxes."""
+    # Fixed words are grey.
+    d.box(180, 60, 100, 38, "the", "grey", 17, mono=True)
+    for x, word, kind in ((80, "cat", "main"), (260, "dog", "soft")):
+        d.arrow((230, 98), (x + 60, 138))
+        d.box(x, 140, 120, 38, word, kind, 17, mono=True)
+        d.arrow((x + 60, 178), (230, 222))
+        d.text(x + (14 if x < 200 else 106), 130, "1/2", 16, BLUE, bold=True)
+    d.box(140, 224, 180, 38, "sat on the", "grey", 17, mono=True)
+    for x, word, kind in ((20, "mat", "soft"), (170, "rug", "main"), (320, "bed", "soft")):
+        d.arrow((230, 262), (x + 60, 318))
+        d.box(x, 320, 120, 38, word, kind, 17, mono=True)
+        d.text(x + (74 if x > 100 else 44), 306, "1/3", 16, BLUE, bold=True)
+
+    # What each word costs.
+    costs = [(85, "0: no choice", QUIET), (165, "ln 2 = 0.69", BLUE), (249, "0: no choice", QUIET)]
+    costs.append((345, "ln 3 = 1.10", BLUE))
+    for y, words, color in costs:
+        d.text(540, y, words, 15, color, "end", mono=True)
+    d.text(540, 384, "dark: one story of six", 15, QUIET, "end")
+    _draw_floor(d)
 
 
 @diagram(
     "questions",
-    560,
-    "Three kinds of questions about a story",
-    "A story says that Mia was in the garden, that Mia had a red ball, that Tom had three coins, "
-    "and that Mia gave the ball to Tom. Where was Mia: garden. Who had the ball: Tom. How many "
-    "coins did Tom have: three. Each answer is stored with a wrong one.",
+    590,
+    "A story, the state of the world, questions",
+    "The story: Mia and Tom were in the hall. Mia had a red ball. Tom had three coins. Mia gave "
+    "the "
+    "ball to Tom. Beside it the state after the story: Mia and Tom are in the hall, Tom holds the "
+    "ball, Tom has 3 coins. Where was the ball: hall, wrong cellar. Who had the ball: Tom, wrong "
+    "Mia. "
+    "How many coins did Tom have: three, wrong two.",
 )
 def draw_questions(d: Drawing) -> None:
-    """Draw a story, and questions that point to its sentences."""
-    story = [
-        "Mia was in the garden.",
-        "Mia had a red ball.",
-        "Tom had three coins.",
-        "Mia gave the ball to Tom.",
-    ]
+    """Draw a story and its state, and questions with a right and a wrong answer."""
+    story = ["Mia and Tom were in the hall.", "Mia had a red ball."]
+    story += ["Tom had three coins.", "Mia gave the ball to Tom."]
+    d.text(MARGIN, 72, "the story", 15, QUIET, "start")
     for i, sentence in enumerate(story):
-        d.box(MARGIN, 62 + i * 40, 34, 34, str(i + 1), "main", 16, bold=True)
-        d.box(58, 62 + i * 40, 260, 34, sentence, "soft", 16)
+        d.box(MARGIN, 82 + i * 40, 34, 34, str(i + 1), "main", 16, bold=True)
+        d.box(58, 82 + i * 40, 246, 34, sentence, "soft", 15)
+    d.arrow((308, 159), (338, 159))
+    d.text(340, 72, "the state after it", 15, QUIET, "start")
+    state = "Mia: hall\nTom: hall\nball: Tom holds it\ncoins: Tom 3, Mia 0"
+    d.box(340, 82, 200, 154, state, "gold", 17)
+    d.arrow((440, 236), (440, 262))
 
     # A question names the sentences that its answer follows from.
     questions = [
-        ("where", "Where was Mia?", "1", "garden", "hall"),
+        ("where", "Where was the ball?", "1, 4", "hall", "cellar"),
         ("who has", "Who had the ball?", "2, 4", "Tom", "Mia"),
         ("how many", "How many coins did Tom have?", "3", "three", "two"),
     ]
     for x, word in ((65, "kind"), (222, "question"), (368, "from"), (434, "right"), (505, "wrong")):
-        d.text(x, 256, word, 15, QUIET)
+        d.text(x, 280, word, 15, QUIET)
     for i, (kind, question, source, right, wrong) in enumerate(questions):
-        y = 268 + i * 54
+        y = 292 + i * 54
         d.box(MARGIN, y, 82, 42, kind, "grey", 15)
         d.box(106, y, 234, 42, question, "white", 14)
         d.box(344, y, 50, 42, source, "main", 15)
         d.box(398, y, 72, 42, right, "sky", 16)
         d.box(474, y, 66, 42, wrong, "warm", 16)
-    d.text(MARGIN, 462, "Two ways to score a model", 17, anchor="start", bold=True)
+    d.text(MARGIN, 488, "Two ways to score a model", 17, anchor="start", bold=True)
     d.note(
         MARGIN,
-        488,
+        514,
         "exact match: the model writes, and begins with the right answer\n"
         "multiple choice: the right answer is more likely than the wrong",
         15,
     )
+    d.text(MARGIN, 568, "The answer involves no chance: it costs 0 nats.", 15, QUIET, "start")
 
 
 @diagram(
@@ -236,12 +222,12 @@ def draw_packing(d: Drawing) -> None:
 
 @diagram(
     "token-file",
-    540,
+    592,
     "A token file: one array, and where to cut",
     "tokens.bin holds the ids of all documents one after the other. offsets.npy holds 0, 5, 8, 12: "
     "where each document begins, and the end. meta.json holds the type of the numbers and the size "
-    "of the vocabulary. The folder is named by a hash of all that decides its content, so it is "
-    "found again the next time.",
+    "of the vocabulary. Token files for training and validation lie with the tokenizer in a folder "
+    "named by a hash of all that decides its content, so it is found again the next time.",
 )
 def draw_token_file(d: Drawing) -> None:
     """Draw the array with its offsets, and how the folder gets its name."""
@@ -264,56 +250,74 @@ def draw_token_file(d: Drawing) -> None:
     d.text(160, 236, '"dtype": "uint16", "vocab_size": 803, …', 15, anchor="start", mono=True)
     d.line((MARGIN, 262), (540, 262), color=GREY)
 
-    # The name of the folder.
-    d.text(MARGIN, 294, "What decides the content names the folder", 17, anchor="start", bold=True)
-    inputs = ["the data settings", "the tokenizer", "the code that reads"]
-    for i, name in enumerate(inputs):
+    # The name of the folder, and what is in it.
+    d.text(MARGIN, 294, "What decides the tokens names the folder", 17, anchor="start", bold=True)
+    for i, name in enumerate(["the data settings", "files, tokenizer", "the code"]):
         d.box(MARGIN + 176 * i, 308, 168, 38, name, "grey", 15)
         d.arrow((104 + 176 * i, 346), (280 + 60 * (i - 1), 374))
     d.box(180, 376, 200, 38, "hash", "main", 17)
     d.arrow((280, 414), (280, 438))
-    d.box(120, 440, 320, 38, "cache/…/3fa9c1…/", "soft", 16, mono=True)
-    d.note(
-        MARGIN, 508, "There already: use it.  Not there: tokenize, write, rename at the end.", 14
+    d.box(MARGIN, 440, 520, 100, "", "white")
+    d.text(34, 464, "cache folder 3fa9c1…", 16, anchor="start", mono=True)
+    for i, (name, kind) in enumerate(
+        (("tokenizer/", "gold"), ("train/", "main"), ("validation/", "sky"))
+    ):
+        d.box(34 + 166 * i, 478, 160, 48, name, kind, 16, mono=True)
+    d.text(
+        MARGIN, 570, "train/ and validation/ each hold the three files above.", 15, QUIET, "start"
     )
 
 
 @diagram(
     "leak",
-    636,
-    "A leak: tokens that should be hidden are seen",
-    "Two documents A and B in one row. On the left the mask with one triangle for each document. "
-    "On the right the document ids were forgotten: the tokens of B also see A, in a red rectangle. "
-    "Below, the graver leak: a mask without the triangle shows each token the next one, and the "
-    "loss falls below the floor, which no honest model can reach.",
+    640,
+    "A leak: one part that ignores documents",
+    "A packed row with the documents A and B of four tokens each, and a dashed boundary. Above it "
+    "attention: arrows from B go to B only. Below it a part that ignores documents, such as a "
+    "convolution: a red arrow crosses the boundary from A to B. Then B alone in a row, with "
+    "nothing "
+    "before it. The test compares the loss of B in both rows.",
 )
 def draw_leak(d: Drawing) -> None:
-    """Draw a correct mask and two broken ones."""
-    right = _mask("AAAABBBB")
-    forgotten = [row if i < 4 else "xxxx" + row[4:] for i, row in enumerate(right)]
-    future = [
-        "".join("x" if j > i else c for j, c in enumerate(row)) for i, row in enumerate(forgotten)
-    ]
-    kinds = {"A": "main", "B": "sky", "x": "hot", ".": "empty"}
-    panels = [
-        (40, 100, right, "correct"),
-        (310, 100, forgotten, "document ids forgotten"),
-        (310, 392, future, "no causal mask"),
-    ]
-    for x, y, cells, name in panels:
-        d.text(x, y - 12, name, 16, anchor="start", bold=True)
-        d.grid(x, y, cells, 24, kinds)
-    d.note(310, 314, "B reads A: not the loss of\na document alone", 15)
-    d.note(310, 610, "each token sees the next one", 15, RED)
+    """Draw a packed row with honest and with leaking arrows, and the test."""
+    kinds = ["soft"] * 4 + ["sky"] * 4
+    words = ["A₁", "A₂", "A₃", "A₄", "B₁", "B₂", "B₃", "B₄"]
+    d.text(MARGIN, 76, "attention stays in its document", 16, BLUE, "start", bold=True)
+    middles = d.row(MARGIN, 140, words, 61, 40, kinds, 4, 17)
+    for query in (3, 7):
+        for step in (1, 2, 3):
+            end = middles[query - step]
+            top = 138 - 14 * step
+            start = middles[query] + 6 * (step - 2)
+            d.arrow((end, 138), (end, top), (start, top), (start, 138), color=BLUE)
+    d.line((280, 88), (280, 250), color=GREY, dashed=True)
+    d.text(280, 268, "boundary", 15, QUIET)
 
-    # The alarm.
-    d.note(40, 330, "A and B: two documents\nin one packed row", 15)
-    d.line((40, 480), (270, 480), color=BLUE, thick=2, dashed=True)
-    d.text(268, 498, "floor", 16, anchor="end", bold=True)
-    points = [(44, 390), (70, 430), (110, 455), (160, 468), (210, 473), (268, 475)]
-    d.line(*points, color=BLUE, thick=3)
-    d.line((44, 390), (66, 450), (100, 510), (150, 540), (268, 550), color=RED, thick=3)
+    # The part that crosses.
+    for i in range(7):
+        crosses = i == 3
+        color = RED if crosses else GREY
+        points = [(middles[i] + 8, 180), (middles[i] + 8, 206), (middles[i + 1] - 8, 206)]
+        d.arrow(*points, (middles[i + 1] - 8, 182), color=color, thick=3.5 if crosses else 1.8)
+    d.text(540, 236, "a convolution does not", 16, RED, "end", bold=True)
+    d.note(MARGIN, 226, "each token also\nreads its neighbor", 15)
 
-    d.text(268, 440, "honest model", 15, BLUE, "end")
-    d.text(268, 570, "leak: below the floor", 15, RED, "end")
-    d.note(40, 610, "loss against steps", 15)
+    # The same document alone.
+    d.text(MARGIN, 316, "document B alone", 16, anchor="start", bold=True)
+    d.row(MARGIN, 328, ["B₁", "B₂", "B₃", "B₄"], 61, 40, "sky", 4, 17)
+    d.note(296, 344, "nothing stands before it,\nas when the model writes", 15)
+    d.box(
+        MARGIN, 392, 520, 42, "test: the loss of B in the packed row = its loss alone?", "main", 17
+    )
+    d.arrow((145, 434), (145, 462))
+    d.arrow((415, 434), (415, 462))
+    d.box(MARGIN, 464, 250, 44, "equal: no leak", "sky", 17)
+    d.box(290, 464, 250, 44, "lower: A leaked into B", "warm", 17)
+    d.note(
+        MARGIN,
+        546,
+        "What is there to gain? Rows are packed until they are full, so a\n"
+        "model that knows how much stands before B can tell where B ends.\n"
+        "The loss looks better, the model is not.",
+        15,
+    )

@@ -196,6 +196,40 @@ def draw_batch_padding(d: Drawing) -> None:
     )
 
 
+def _draw_decisions(d: Drawing, left: float, middles: list[float]) -> None:
+    """Draw which draft tokens are accepted, and what replaces the rest."""
+    # The decisions.
+    chances = ["1", "1", "1/6", "–"]
+    d.row(left, 364, chances, 100, 34, "white", 6, 16)
+    d.text(106, 380, "accept with", 15, anchor="end")
+    d.text(106, 398, "min(1, p/q)", 14, QUIET, "end", mono=True)
+    for x in middles[:3]:
+        d.arrow((x, 398), (x, 424))
+    decisions = ["accepted", "accepted", "rejected", "dropped"]
+    d.row(left, 426, decisions, 100, 36, ["sky", "sky", "warm", "empty"], 6, 15, mono=False)
+    d.arrow((middles[2], 462), (middles[2], 496), color=RED)
+    d.box(
+        228,
+        498,
+        312,
+        58,
+        "draw from max(0, p − q), scaled to\nsum 1: what the draft lacks",
+        "warm",
+        15,
+    )
+    d.arrow((middles[2], 556), (middles[2], 584), color=RED)
+    kinds = ["sky", "sky", "hot"]
+    d.row(left, 586, ["␣was", "␣in", "␣the"], 100, 36, kinds, 6, 16)
+    d.text(106, 609, "new text", 15, anchor="end")
+    d.note(
+        MARGIN,
+        654,
+        "If all four are accepted, the same pass gives a fifth token.\n"
+        "The text has exactly the target's distribution.",
+        15,
+    )
+
+
 @diagram(
     "speculative",
     700,
@@ -230,37 +264,7 @@ def draw_speculative(d: Drawing) -> None:
     d.line((left, 326), (540, 326), color=GREY)
     d.text(106, 280, "p of target", 15, BLUE, "end", bold=True)
     d.text(106, 302, "q of draft", 15, anchor="end")
-
-    # The decisions.
-    chances = ["1", "1", "1/6", "–"]
-    d.row(left, 364, chances, 100, 34, "white", 6, 16)
-    d.text(106, 380, "accept with", 15, anchor="end")
-    d.text(106, 398, "min(1, p/q)", 14, QUIET, "end", mono=True)
-    for x in middles[:3]:
-        d.arrow((x, 398), (x, 424))
-    decisions = ["accepted", "accepted", "rejected", "dropped"]
-    d.row(left, 426, decisions, 100, 36, ["sky", "sky", "warm", "empty"], 6, 15, mono=False)
-    d.arrow((middles[2], 462), (middles[2], 496), color=RED)
-    d.box(
-        228,
-        498,
-        312,
-        58,
-        "draw from max(0, p − q), scaled to\nsum 1: what the draft lacks",
-        "warm",
-        15,
-    )
-    d.arrow((middles[2], 556), (middles[2], 584), color=RED)
-    kinds = ["sky", "sky", "hot"]
-    d.row(left, 586, ["␣was", "␣in", "␣the"], 100, 36, kinds, 6, 16)
-    d.text(106, 609, "new text", 15, anchor="end")
-    d.note(
-        MARGIN,
-        654,
-        "If all four are accepted, the same pass gives a fifth token.\n"
-        "The text has exactly the target's distribution.",
-        15,
-    )
+    _draw_decisions(d, left, middles)
 
 
 @diagram(
@@ -291,11 +295,19 @@ def draw_beams(d: Drawing) -> None:
         ("␣Sam ␣had", "0.4 · 0.1", "0.04", 366, "empty", 333),
     ]
     for words, product, total, y, kind, begin in seconds:
-        kept = kind == "main"
-        color = INK if kept else GREY
-        d.arrow((286, begin), (344, y + 30), color=color, dashed=not kept)
+        is_kept = kind == "main"
+        color = INK if is_kept else GREY
+        d.arrow((286, begin), (344, y + 30), color=color, dashed=not is_kept)
         d.box(
-            346, y, 194, 60, f"{words}\n{product} = {total}", kind, 15, mono=True, dashed=not kept
+            346,
+            y,
+            194,
+            60,
+            f"{words}\n{product} = {total}",
+            kind,
+            15,
+            mono=True,
+            dashed=not is_kept,
         )
     d.text(226, 124, "step 1", 16, bold=True)
     d.text(443, 82, "step 2", 16, bold=True)

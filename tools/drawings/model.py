@@ -5,6 +5,21 @@ from math import cos, sin
 from .canvas import BLUE, GOLD, GREY, INK, MARGIN, PURPLE, QUIET, RED, SKY, Drawing, diagram
 
 
+def _draw_output(d: Drawing) -> None:
+    """Draw the way from a vector back to the vocabulary."""
+    # Back to the vocabulary.
+    d.arrow((316, 576), (316, 624))
+    d.arrow((70, 350), (70, 600), (308, 600), dashed=True)
+    d.text(86, 590, "times all rows", 15, QUIET, "start")
+    d.text(86, 622, "of this table", 15, QUIET, "start")
+    d.row(210, 626, ["z₀", "z₁", "z₂", "…", "z₈₀₂"], 40, 38, "soft", 3, 15)
+    d.text(198, 652, "logits", 16, anchor="end")
+    d.arrow((316, 664), (316, 704))
+    d.text(328, 690, "softmax", 15, QUIET, "start")
+    d.row(210, 706, ["p₀", "p₁", "p₂", "…", "p₈₀₂"], 40, 38, "gold", 3, 15)
+    d.text(198, 732, "probabilities", 16, anchor="end")
+
+
 @diagram(
     "token-path",
     770,
@@ -54,77 +69,71 @@ def draw_token_path(d: Drawing) -> None:
     d.box(210, 500, 214, 34, "norm", "grey")
     d.arrow((316, 534), (316, 544))
     d.row(210, 546, [""] * 8, 24, 30, "main", 3)
+    _draw_output(d)
 
-    # Back to the vocabulary.
-    d.arrow((316, 576), (316, 624))
-    d.arrow((70, 350), (70, 600), (308, 600), dashed=True)
-    d.text(86, 590, "times all rows", 15, QUIET, "start")
-    d.text(86, 622, "of this table", 15, QUIET, "start")
-    d.row(210, 626, ["z₀", "z₁", "z₂", "…", "z₈₀₂"], 40, 38, "soft", 3, 15)
-    d.text(198, 652, "logits", 16, anchor="end")
-    d.arrow((316, 664), (316, 704))
-    d.text(328, 690, "softmax", 15, QUIET, "start")
-    d.row(210, 706, ["p₀", "p₁", "p₂", "…", "p₈₀₂"], 40, 38, "gold", 3, 15)
-    d.text(198, 732, "probabilities", 16, anchor="end")
+
+def _draw_mix(d: Drawing, left: float, middles: list[float]) -> None:
+    """Draw scores, weights, and the mix of the values."""
+    d.row(left, 264, ["0", "6", "0"], 128, 34, "white", 4, 17)
+    d.text(132, 280, "scores", 16, anchor="end")
+    d.text(132, 298, "q·k / √d", 15, QUIET, "end", mono=True)
+    d.arrow((342, 298), (342, 336))
+    d.text(354, 323, "softmax: positive, sum 1", 15, QUIET, "start")
+    d.row(left, 338, ["0.002", "0.995", "0.002"], 128, 34, "gold", 4, 17)
+    d.text(132, 361, "weights", 16, anchor="end")
+    for x, width in zip(middles, (1.5, 14, 1.5), strict=True):
+        d.line((x, 374), (x, 414), color=BLUE, thick=width)
+
+    # The values, and what comes out.
+    d.row(left, 414, ["v₁", "v₂", "v₃"], 128, 34, "purple", 4, 18)
+    d.text(132, 430, "values", 16, anchor="end")
+    d.text(132, 448, "W_v x", 15, QUIET, "end", mono=True)
+    for x in middles:
+        d.line((x, 448), (x, 474), color=GREY)
+    d.line((middles[0], 474), (middles[2], 474), color=GREY)
+    d.arrow((342, 474), (342, 502), color=GREY)
+    d.box(146, 504, 392, 40, "0.002 v₁ + 0.995 v₂ + 0.002 v₃", "main", 17, mono=True)
+    d.text(132, 529, "result y₃", 16, anchor="end")
+    d.note(
+        MARGIN,
+        582,
+        "sat has found out who sat. A query sees the keys of its own token\n"
+        "and of those before it; later tokens are hidden.",
+        15,
+    )
 
 
 @diagram(
     "qkv",
     640,
     "Attention: one query, all keys, a mix of values",
-    "Each of the four tokens Mia, was, in, the has a key and a value. The query of the token the "
-    "is compared with every key. The scores 2, 0, 1, 0 become weights 0.61, 0.08, 0.22, 0.08 by "
-    "softmax. The result is the sum of the values, each multiplied by its weight.",
+    "Each of the three tokens the, cat, sat has a key and a value. The query of sat is compared "
+    "with "
+    "every key. The scores 0, 6, 0 become weights 0.002, 0.995, 0.002 by softmax. The result is "
+    "the "
+    "sum of the values, each multiplied by its weight: almost the value of cat.",
 )
 def draw_qkv(d: Drawing) -> None:
-    """Draw keys, scores, weights and values in four columns, one for each token."""
+    """Draw keys, scores, weights and values in three columns, one for each token."""
     # The tokens, and what is made of them.
     left = 146.0
-    middles = d.row(left, 60, ["␣Mia", "␣was", "␣in", "␣the"], 96, 34, "soft", 4, 17)
+    middles = d.row(left, 60, ["the", "cat", "sat"], 128, 34, "soft", 4, 17)
     d.text(132, 83, "vectors x", 16, anchor="end")
     for x in middles:
         d.arrow((x, 94), (x, 120))
-    d.row(left, 122, ["k₁", "k₂", "k₃", "k₄"], 96, 34, "sky", 4, 18)
+    d.row(left, 122, ["k₁", "k₂", "k₃"], 128, 34, "sky", 4, 18)
     d.text(132, 138, "keys", 16, anchor="end")
-    d.text(132, 156, "x·W_k", 15, QUIET, "end", mono=True)
+    d.text(132, 156, "W_k x", 15, QUIET, "end", mono=True)
 
     # The query meets every key.
-    d.arrow((middles[3] + 48, 77), (552, 77), (552, 206), (540, 206))
+    d.arrow((middles[2] + 64, 77), (552, 77), (552, 207), (540, 207))
     for x in middles:
-        d.arrow((x, 156), (x, 178), color=GREY)
-        d.line((x, 178), (x, 250), color=GREY)
+        d.line((x, 156), (x, 250), color=GREY)
         d.arrow((x, 236), (x, 262), color=GREY)
     d.box(146, 190, 392, 34, "", "white")
-    d.box(446, 190, 92, 34, "q₄", "hot", 18, mono=True)
-    d.text(434, 212, "query of ␣the, times each key", 15, QUIET, "end")
-
-    # Scores, weights, values.
-    d.row(left, 264, ["2.0", "0.0", "1.0", "0.0"], 96, 34, "white", 4, 17)
-    d.text(132, 280, "scores", 16, anchor="end")
-    d.text(132, 298, "q·k / √d", 15, QUIET, "end", mono=True)
-    d.arrow((342, 298), (342, 336))
-    d.text(354, 323, "softmax: positive, sum 1", 15, QUIET, "start")
-    heights = [0.61, 0.08, 0.22, 0.08]
-    d.row(left, 338, ["0.61", "0.08", "0.22", "0.08"], 96, 34, "gold", 4, 17)
-    d.text(132, 361, "weights", 16, anchor="end")
-    for x, weight in zip(middles, heights, strict=True):
-        d.line((x, 374), (x, 414), color=BLUE, thick=1.5 + 14 * weight)
-    d.row(left, 414, ["v₁", "v₂", "v₃", "v₄"], 96, 34, "purple", 4, 18)
-    d.text(132, 430, "values", 16, anchor="end")
-    d.text(132, 448, "x·W_v", 15, QUIET, "end", mono=True)
-    for x in middles:
-        d.line((x, 448), (x, 474), color=GREY)
-    d.line((middles[0], 474), (middles[3], 474), color=GREY)
-    d.arrow((342, 474), (342, 502), color=GREY)
-    d.box(146, 504, 392, 40, "0.61 v₁ + 0.08 v₂ + 0.22 v₃ + 0.08 v₄", "main", 16, mono=True)
-    d.text(132, 529, "result y₄", 16, anchor="end")
-    d.note(
-        MARGIN,
-        580,
-        "A query sees the keys of its own token and of those before.\n"
-        "Later tokens are hidden, so ␣was sees k₁ and k₂ only.",
-        15,
-    )
+    d.box(410, 190, 128, 34, "q₃ = W_q x", "hot", 16, mono=True)
+    d.text(398, 212, "query of sat, times each key", 15, QUIET, "end")
+    _draw_mix(d, left, middles)
 
 
 @diagram(
@@ -438,6 +447,33 @@ def draw_residual_norm(d: Drawing) -> None:
     )
 
 
+# Four tokens, and the eight rows that their choices make, sorted by expert.
+TOKENS = ["␣Mia", "␣was", "␣in", "␣the"]
+TOKEN_KINDS = ["soft", "sky", "gold", "purple"]
+TOKEN_COLORS = [BLUE, SKY, GOLD, PURPLE]
+TOKEN_OF_ROW = [0, 2, 1, 0, 2, 3, 1, 3]
+EXPERT_OF_ROW = [0, 0, 1, 2, 2, 2, 3, 3]
+
+
+def _draw_answers(d: Drawing, middles: list[float]) -> None:
+    """Draw how the answers return to their tokens."""
+    # Answers back to their tokens.
+    for i, token in enumerate(TOKEN_OF_ROW):
+        x = 40 + 60 * i
+        kind = TOKEN_KINDS[TOKEN_OF_ROW[i]]
+        d.box(x, 474, 56, 30, f"E{EXPERT_OF_ROW[i]}", kind, 15, mono=True)
+        d.line((x + 28, 504), (middles[token], 562), color=TOKEN_COLORS[token], thick=2.2)
+    sums = [".7 E0+.3 E2", ".6 E1+.4 E3", ".5 E2+.5 E0", ".8 E3+.2 E2"]
+    d.row(60, 564, sums, 106, 36, TOKEN_KINDS, 6, 14)
+    d.note(60, 624, "times the weight, added up for each token (index_add)", 15)
+    d.note(
+        60,
+        664,
+        "The layer has the parameters of four experts, but a token\ncosts only as much as two.",
+        15,
+    )
+
+
 @diagram(
     "moe",
     700,
@@ -450,24 +486,19 @@ def draw_residual_norm(d: Drawing) -> None:
 def draw_moe(d: Drawing) -> None:
     """Draw tokens, the router's choices, the sorted rows and the experts."""
     # Tokens and the router.
-    tokens = ["␣Mia", "␣was", "␣in", "␣the"]
-    kinds = ["soft", "sky", "gold", "purple"]
-    colors = [BLUE, SKY, GOLD, PURPLE]
-    middles = d.row(60, 56, tokens, 106, 34, kinds, 6, 17)
+    middles = d.row(60, 56, TOKENS, 106, 34, TOKEN_KINDS, 6, 17)
     d.box(60, 108, 442, 44, "router: scores of E = 4 experts, the best k = 2 stay", "main", 15)
     for x in middles:
         d.arrow((x, 90), (x, 106))
     choices = ["0: .7  2: .3", "1: .6  3: .4", "2: .5  0: .5", "3: .8  2: .2"]
-    d.row(60, 172, choices, 106, 32, kinds, 6, 14)
+    d.row(60, 172, choices, 106, 32, TOKEN_KINDS, 6, 14)
     d.note(60, 226, "expert: weight; the weights of a token add up to 1", 15)
 
     # Rows sorted by expert.
-    rows = [0, 2, 1, 0, 2, 3, 1, 3]
-    expert_of_row = [0, 0, 1, 2, 2, 2, 3, 3]
-    for i, token in enumerate(rows):
+    for i, token in enumerate(TOKEN_OF_ROW):
         x = 40 + 60 * i
-        d.line((middles[token], 236), (x + 28, 292), color=colors[token], thick=2.2)
-        d.box(x, 292, 56, 32, tokens[token], kinds[token], 14, mono=True)
+        d.line((middles[token], 236), (x + 28, 292), color=TOKEN_COLORS[token], thick=2.2)
+        d.box(x, 292, 56, 32, TOKENS[token], TOKEN_KINDS[token], 14, mono=True)
     d.note(40, 346, "rows sorted by expert, so each expert multiplies one slice", 15)
 
     # Experts.
@@ -482,22 +513,7 @@ def draw_moe(d: Drawing) -> None:
         d.box(left, 386, right - left, 44, name, "white", 15, bold=True)
     d.text(40, 456, "stops = [2, 3, 6, 8]", 16, anchor="start", mono=True)
     d.text(516, 456, "each one a SwiGLU", 15, QUIET, "end")
-
-    # Answers back to their tokens.
-    for i, token in enumerate(rows):
-        x = 40 + 60 * i
-        kind = kinds[rows[i]]
-        d.box(x, 474, 56, 30, f"E{expert_of_row[i]}", kind, 15, mono=True)
-        d.line((x + 28, 504), (middles[token], 562), color=colors[token], thick=2.2)
-    sums = [".7 E0+.3 E2", ".6 E1+.4 E3", ".5 E2+.5 E0", ".8 E3+.2 E2"]
-    d.row(60, 564, sums, 106, 36, kinds, 6, 14)
-    d.note(60, 624, "times the weight, added up for each token (index_add)", 15)
-    d.note(
-        60,
-        664,
-        "The layer has the parameters of four experts, but a token\ncosts only as much as two.",
-        15,
-    )
+    _draw_answers(d, middles)
 
 
 @diagram(
@@ -533,6 +549,42 @@ def draw_lora(d: Drawing) -> None:
         408,
         "Only A and B are trained. B begins at 0: at first no change.\n"
         "merge_lora adds the product to W: then there is no extra work.",
+        15,
+    )
+
+
+def _draw_mla_queries(d: Drawing) -> None:
+    """Draw the two parts of a query, and what meets in attention."""
+    # Queries.
+    d.arrow((180, 74), (90, 74), (90, 116))
+    d.box(MARGIN, 118, 140, 36, "q_proj", "sky", 16, mono=True)
+    d.arrow((60, 154), (60, 204))
+    d.arrow((130, 154), (130, 204))
+    d.text(138, 184, "rotate", 15, QUIET, "start")
+    d.box(MARGIN, 206, 74, 40, "q: 32", "soft", 16, mono=True)
+    d.box(98, 206, 74, 40, "q: 16", "soft", 16, mono=True)
+    d.text(96, 270, "per head", 15, QUIET)
+
+    # Together.
+    d.arrow((540, 240), (540, 494))
+    d.arrow((237, 446), (237, 494))
+    d.arrow((357, 446), (357, 494))
+    d.arrow((60, 246), (60, 494))
+    d.box(
+        MARGIN,
+        496,
+        520,
+        60,
+        "attention: q = [32 | 16],  k = [32 | 16]\nall heads share the rotated 16",
+        "main",
+        16,
+    )
+    d.note(MARGIN, 588, "MHA would keep 2 · 4 · 32 = 256 numbers per token and layer.", 15)
+    d.note(
+        MARGIN,
+        614,
+        "Absorbed form: multiply the query by the matrix of kv_b_proj,\n"
+        "not every key. Same result, less work for long texts.",
         15,
     )
 
@@ -574,39 +626,7 @@ def draw_mla(d: Drawing) -> None:
     d.arrow((360, 350), (350, 382))
     d.text(412, 408, "for each of", 15, QUIET, "start")
     d.text(412, 428, "H = 4 heads", 15, QUIET, "start")
-
-    # Queries.
-    d.arrow((180, 74), (90, 74), (90, 116))
-    d.box(MARGIN, 118, 140, 36, "q_proj", "sky", 16, mono=True)
-    d.arrow((60, 154), (60, 204))
-    d.arrow((130, 154), (130, 204))
-    d.text(138, 184, "rotate", 15, QUIET, "start")
-    d.box(MARGIN, 206, 74, 40, "q: 32", "soft", 16, mono=True)
-    d.box(98, 206, 74, 40, "q: 16", "soft", 16, mono=True)
-    d.text(96, 270, "per head", 15, QUIET)
-
-    # Together.
-    d.arrow((540, 240), (540, 494))
-    d.arrow((237, 446), (237, 494))
-    d.arrow((357, 446), (357, 494))
-    d.arrow((60, 246), (60, 494))
-    d.box(
-        MARGIN,
-        496,
-        520,
-        60,
-        "attention: q = [32 | 16],  k = [32 | 16]\nall heads share the rotated 16",
-        "main",
-        16,
-    )
-    d.note(MARGIN, 588, "MHA would keep 2 · 4 · 32 = 256 numbers per token and layer.", 15)
-    d.note(
-        MARGIN,
-        614,
-        "Absorbed form: multiply the query by the matrix of kv_b_proj,\n"
-        "not every key. Same result, less work for long texts.",
-        15,
-    )
+    _draw_mla_queries(d)
 
 
 @diagram(

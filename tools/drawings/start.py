@@ -14,10 +14,10 @@ from .canvas import BLUE, MARGIN, QUIET, RED, Drawing, diagram
 def draw_next_token(d: Drawing) -> None:
     """Draw text, model, probabilities and the loss of the true token."""
     # The text so far, and what is asked for.
-    d.text(MARGIN, 74, "the text so far", 15, QUIET, "start")
-    words = ["␣Mia", "␣was", "␣in", "␣the", "?"]
-    d.row(MARGIN, 84, words, 100, 36, ["soft"] * 4 + ["gold"], 5, 17)
-    d.arrow((228, 120), (228, 146))
+    d.text(MARGIN, 74, "the text so far: tokens and their ids", 15, QUIET, "start")
+    words = ["␣Mia\n394", "␣was\n266", "␣in\n268", "␣the\n263", "?"]
+    d.row(MARGIN, 84, words, 100, 50, ["soft"] * 4 + ["gold"], 5, 17)
+    d.arrow((228, 134), (228, 146))
     d.box(100, 148, 256, 46, "model", "main", 19, bold=True)
     d.arrow((228, 194), (228, 222))
     d.text(MARGIN, 244, "a probability for every token of the vocabulary", 15, QUIET, "start")
@@ -57,14 +57,52 @@ def _chip(
     d.text(x + 20 + width / 2, y + 25, name, 16)
 
 
+def _draw_model_output(d: Drawing) -> None:
+    """Draw what follows the blocks, and the loop of generation."""
+    # From vectors to a token.
+    d.arrow((195, 569), (195, 636))
+    _chip(d, 70, 638, "13 norm", "grey")
+    d.arrow((195, 676), (195, 700))
+    _chip(d, 70, 702, "15 output layer", "soft")
+    d.arrow((195, 740), (195, 776))
+    d.text(90, 770, "(B, T, V)", 15, QUIET, "start", mono=True)
+    d.text(206, 770, "logits", 15, QUIET, "start")
+    _chip(d, 70, 778, "21 sampling", "soft")
+    d.arrow((195, 816), (195, 846))
+    d.text(195, 868, '" garden"', 17, mono=True)
+
+    # The token becomes part of the text.
+    d.arrow((262, 862), (546, 862), (546, 69), (290, 69), dashed=True)
+    d.text(536, 884, "generate: append the token, run again", 15, QUIET, "end")
+
+
+def _draw_model_training(d: Drawing) -> None:
+    """Draw what training adds: data, loss, and a step that changes all weights."""
+    d.text(440, 598, "training", 16, RED, bold=True)
+    for y, label in ((606, "30 corpus"), (654, "31 data"), (702, "15 loss"), (764, "43 step")):
+        _chip(d, 352, y, label, "warm", 176)
+    for begin, end in (
+        ((440, 644), (440, 653)),
+        ((440, 692), (440, 701)),
+        ((440, 740), (440, 763)),
+    ):
+        d.arrow(begin, end, color=RED)
+    d.arrow((195, 750), (342, 750), (342, 721), (350, 721), color=RED)
+    d.arrow((352, 783), (330, 783), (330, 578), color=RED)
+    d.text(440, 824, "changes all weights", 15, RED)
+
+
 @diagram(
     "model",
-    860,
+    904,
     "The whole model, and the notebook of each part",
-    "From bottom to top is from text to the next token. 01 tokenizer turns text into ids, 15 model "
+    "From top to bottom is the way from text to the next token. 01 tokenizer turns text into "
+    "ids, 15 model "
     "looks up a vector for each id. A block is repeated L times: norm (13), attention (11) with "
     "positions from rope (10) and a cache (20), an addition, norm, feed-forward (13) or experts "
-    "(14), an addition. Then a norm, the output layer with logits (15), and sampling (21).",
+    "(14), an addition. Then a norm, the output layer with logits (15), and sampling (21). "
+    "Training "
+    "beside it: corpus (30), data (31), loss (15), and a step (43) that changes all weights.",
 )
 def draw_model(d: Drawing) -> None:
     """Draw all parts from the text down to the next token."""
@@ -105,24 +143,8 @@ def draw_model(d: Drawing) -> None:
     _chip(d, 352, 494, "14 experts", "gold", 176)
     d.text(336, 518, "or", 15, QUIET)
     d.text(60, 600, "x (B, T, D)", 15, QUIET, "start", mono=True)
-
-    # From vectors to text.
-    d.arrow((195, 569), (195, 610))
-    _chip(d, 70, 612, "13 norm", "grey")
-    d.arrow((195, 650), (195, 668))
-    _chip(d, 70, 670, "15 output layer", "soft")
-    d.arrow((195, 708), (195, 738))
-    d.text(210, 729, "logits (B, T, V)", 15, QUIET, "start", mono=True)
-    _chip(d, 70, 740, "21 sampling", "soft")
-    d.arrow((195, 778), (195, 808))
-    d.text(195, 830, '" garden"', 17, mono=True)
-
-    # The loop of generation, and training.
-    d.arrow((320, 759), (544, 759), (544, 69), (290, 69), dashed=True)
-    d.text(536, 660, "generate: append the", 15, QUIET, "end")
-    d.text(536, 680, "token, run again", 15, QUIET, "end")
-    d.text(536, 806, "43 training adjusts", 15, QUIET, "end")
-    d.text(536, 826, "the weights of 11 to 15", 15, QUIET, "end")
+    _draw_model_output(d)
+    _draw_model_training(d)
 
 
 @diagram(

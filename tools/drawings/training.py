@@ -1,43 +1,10 @@
 """Diagrams of parts 4 to 6: steps, runs, evaluation, chats, preferences, experiments, commands."""
 
-from .canvas import BLUE, GREY, MARGIN, QUIET, RED, Drawing, diagram
+from .canvas import BLACK, BLUE, GREY, MARGIN, QUIET, RED, WHITE, Drawing, diagram
 
 
-@diagram(
-    "trainer",
-    640,
-    "The trainer and its four parts",
-    "The Trainer is in the middle. The Stage, above, gives it batches, the loss, validation, "
-    "samples and how to save: it is what differs between pretraining, fine-tuning and preference "
-    "tuning. The Engine, on the left, takes one optimizer step. The RunFolder, on the right, keeps "
-    "metrics, samples and checkpoints. Hooks, below, are your own code.",
-)
-def draw_trainer(d: Drawing) -> None:
-    """Draw the trainer in the middle, and what passes between it and its parts."""
-    d.box(
-        100,
-        60,
-        360,
-        104,
-        "Stage: what is trained, on what\nnext_batch, loss, validation_batches\n"
-        "sample, save, load\nPretrainStage, ChatStage, DPOStage",
-        "gold",
-        16,
-        bold=True,
-    )
-    d.arrow((280, 164), (280, 218))
-    d.text(292, 198, "batch of step n, loss", 15, QUIET, "start")
-    d.box(
-        150,
-        220,
-        260,
-        150,
-        "Trainer\n\nwhile steps are left:\ntake one step\nthen what is due",
-        "main",
-        17,
-        bold=True,
-    )
-
+def _draw_engine_and_folder(d: Drawing) -> None:
+    """Draw what works for the trainer."""
     # The engine, below on the left; the folder, below on the right.
     d.arrow((190, 370), (120, 428))
     d.arrow((140, 428), (210, 370))
@@ -79,6 +46,43 @@ def draw_trainer(d: Drawing) -> None:
         dashed=True,
     )
     d.arrow((280, 370), (280, 544), dashed=True)
+
+
+@diagram(
+    "trainer",
+    640,
+    "The trainer and its four parts",
+    "The Trainer is in the middle. The Stage, above, gives it batches, the loss, validation, "
+    "samples and how to save: it is what differs between pretraining, fine-tuning and preference "
+    "tuning. The Engine, on the left, takes one optimizer step. The RunFolder, on the right, keeps "
+    "metrics, samples and checkpoints. Hooks, below, are your own code.",
+)
+def draw_trainer(d: Drawing) -> None:
+    """Draw the trainer in the middle, and what passes between it and its parts."""
+    d.box(
+        100,
+        60,
+        360,
+        104,
+        "Stage: what is trained, on what\nnext_batch, loss, validation_batches\n"
+        "sample, save, load\nPretrainStage, ChatStage, DPOStage",
+        "gold",
+        16,
+        bold=True,
+    )
+    d.arrow((280, 164), (280, 218))
+    d.text(292, 198, "batch of step n, loss", 15, QUIET, "start")
+    d.box(
+        150,
+        220,
+        260,
+        150,
+        "Trainer\n\nwhile steps are left:\ntake one step\nthen what is due",
+        "main",
+        17,
+        bold=True,
+    )
+    _draw_engine_and_folder(d)
 
 
 @diagram(
@@ -128,6 +132,7 @@ def draw_step(d: Drawing) -> None:
 )
 def draw_run_folder(d: Drawing) -> None:
     """Draw the tree of files with a word on each."""
+    # Depth, name, what it is for, paint.
     lines = [
         (0, "runs/default/", "", "main"),
         (1, "config.yaml", "every setting", "gold"),
@@ -148,6 +153,9 @@ def draw_run_folder(d: Drawing) -> None:
         y = 58 + i * 34
         d.box(x, y, 196, 29, name, kind, 15, mono=True)
         d.text(x + 206, y + 20, words, 15, QUIET, "start")
+    # Resuming.
+    d.line((552, 366), (552, 496), color=RED, thick=3)
+    d.text(544, 362, "--resume reads", 15, RED, "end")
     d.note(
         MARGIN,
         524,
@@ -159,47 +167,40 @@ def draw_run_folder(d: Drawing) -> None:
 
 @diagram(
     "evaluate",
-    600,
-    "Evaluate: loss, floor, distance",
-    "Validation stories go through the model, which gives nats for each token. They are added up "
-    "for each story. Their mean per token is the loss, with an interval over stories. The corpus "
-    "gives the exact nats of the same stories, which is the floor. The distance is loss divided by "
-    "floor minus 1.",
+    500,
+    "A loss is the floor plus a distance",
+    "Four horizontal bars: all tokens, free, tracked and fixed ones. Each bar is the floor, "
+    "dark, up "
+    "to a dashed line, plus the distance, red. Free tokens have a high floor. Tracked and fixed "
+    "tokens have a floor near 0, so that the loss of tracked tokens is all distance: there the "
+    "model "
+    "has still to learn. The lengths are an example.",
 )
 def draw_evaluate(d: Drawing) -> None:
-    """Draw the same stories measured by the model and by the corpus."""
-    d.box(130, 60, 300, 40, "validation stories", "soft", 17)
-    d.arrow((200, 100), (140, 132))
-    d.arrow((360, 100), (420, 132))
-    d.box(MARGIN, 134, 240, 44, "model", "main", 18, bold=True)
-    d.box(300, 134, 240, 44, "the corpus program", "gold", 16)
-    for x in (140, 420):
-        d.arrow((x, 178), (x, 206))
-    d.row(32, 208, ["0.1", "2.3", "0.0", "1.9"], 51, 34, "sky", 4, 16)
-    d.row(312, 208, ["0.0", "2.3", "0.0", "1.8"], 51, 34, "gold", 4, 16)
-    d.text(280, 262, "nats of each token, added up for each story", 15, QUIET)
-    for x in (140, 420):
-        d.arrow((x, 272), (x, 296))
-    d.box(MARGIN, 298, 240, 60, "loss\nmean ± interval over stories", "main", 15, bold=True)
-    d.box(300, 298, 240, 60, "floor\nlowest expected loss", "white", 15, bold=True)
-    d.arrow((140, 358), (220, 392))
-    d.arrow((420, 358), (340, 392))
-    d.box(130, 394, 300, 42, "distance = loss / floor − 1", "soft", 17)
-
-    # What the distance says.
-    d.line((60, 486), (500, 486), color=GREY, thick=3)
-    d.line((200, 470), (200, 502), thick=3)
-    d.text(200, 464, "0", 16, bold=True)
-    d.circle(270, 486, 8, kind="main")
-    d.text(220, 514, "a good model", 15, BLUE, "start")
-    d.text(500, 464, "much to learn →", 15, QUIET, "end")
-    d.text(60, 514, "leak or bug", 15, RED, "start")
-    d.circle(110, 486, 8, kind="hot")
+    """Draw stacked bars of floor and distance for each kind of token."""
+    # Name, example, length of the floor, length of the distance.
+    bars = [
+        ("all tokens", "", 130, 60),
+        ("free", "␣cold: a random choice", 300, 26),
+        ("tracked", "␣garden: where Mia is", 3, 190),
+        ("fixed", "␣in, ␣the, the full stop", 3, 12),
+    ]
+    d.text(140, 74, "loss in nats per token →", 15, QUIET, "start")
+    for i, (name, example, floor, distance) in enumerate(bars):
+        y = 90 + 82 * i
+        d.text(128, y + 24, name, 17, anchor="end", bold=True)
+        d.box(140, y, floor, 36, "", "main")
+        d.box(140 + floor, y, distance, 36, "", "warm")
+        d.line((140 + floor, y - 8), (140 + floor, y + 44), color=BLACK, thick=2.5, dashed=True)
+        d.text(150, y + 62, example, 15, QUIET, "start", mono=True)
+    d.text(205, 114, "floor", 16, WHITE)
+    d.text(300, 114, "distance", 16)
     d.note(
         MARGIN,
-        556,
-        "Below 0 by more than chance: the model saw what it should not see.\n"
-        "The alarm of the evaluation says so.",
+        434,
+        "The corpus gives the floor of each token exactly: no model is below\n"
+        "it but by chance, or by a leak. What is left to learn is the distance;\n"
+        "here it lies in the tracked tokens. (The lengths are an example.)",
         14,
     )
 
