@@ -5,6 +5,7 @@ from .canvas import BLUE, GREY, MARGIN, QUIET, RED, Drawing, diagram
 
 def _draw_floor(d: Drawing) -> None:
     """Draw what a story costs, and what follows for every model."""
+    # From one story to all models.
     d.box(
         MARGIN,
         396,
@@ -48,10 +49,10 @@ def draw_corpus(d: Drawing) -> None:
         d.arrow((x + 60, 178), (230, 222))
         d.text(x + (14 if x < 200 else 106), 130, "1/2", 16, BLUE, bold=True)
     d.box(140, 224, 180, 38, "sat on the", "grey", 17, mono=True)
-    for x, word, kind in ((20, "mat", "soft"), (170, "rug", "main"), (320, "bed", "soft")):
-        d.arrow((230, 262), (x + 60, 318))
-        d.box(x, 320, 120, 38, word, kind, 17, mono=True)
-        d.text(x + (74 if x > 100 else 44), 306, "1/3", 16, BLUE, bold=True)
+    for x, word, kind in ((20, "mat", "soft"), (165, "rug", "main"), (310, "bed", "soft")):
+        d.arrow((230, 262), (x + 55, 318))
+        d.box(x, 320, 110, 38, word, kind, 17, mono=True)
+        d.text(x + (84 if x > 100 else 30), 304, "1/3", 16, BLUE, bold=True)
 
     # What each word costs.
     costs = [(85, "0: no choice", QUIET), (165, "ln 2 = 0.69", BLUE), (249, "0: no choice", QUIET)]

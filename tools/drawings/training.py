@@ -59,6 +59,7 @@ def _draw_engine_and_folder(d: Drawing) -> None:
 )
 def draw_trainer(d: Drawing) -> None:
     """Draw the trainer in the middle, and what passes between it and its parts."""
+    # The stage says what differs between kinds of training.
     d.box(
         100,
         60,
@@ -180,7 +181,7 @@ def draw_evaluate(d: Drawing) -> None:
     """Draw stacked bars of floor and distance for each kind of token."""
     # Name, example, length of the floor, length of the distance.
     bars = [
-        ("all tokens", "", 130, 60),
+        ("all tokens", "", 130, 90),
         ("free", "␣cold: a random choice", 300, 26),
         ("tracked", "␣garden: where Mia is", 3, 190),
         ("fixed", "␣in, ␣the, the full stop", 3, 12),
@@ -194,7 +195,7 @@ def draw_evaluate(d: Drawing) -> None:
         d.line((140 + floor, y - 8), (140 + floor, y + 44), color=BLACK, thick=2.5, dashed=True)
         d.text(150, y + 62, example, 15, QUIET, "start", mono=True)
     d.text(205, 114, "floor", 16, WHITE)
-    d.text(300, 114, "distance", 16)
+    d.text(315, 114, "distance", 16)
     d.note(
         MARGIN,
         434,
