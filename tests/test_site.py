@@ -33,7 +33,7 @@ def test_each_numbered_notebook_is_in_one_part():
     """A page that is in no part cannot be found."""
     assert sorted(FILES) == sorted(path.name for path in NBS.glob("[0-9][0-9]_*.ipynb"))
     for part in PARTS:
-        assert all(page.title and page.summary for page in part.pages), part.label
+        assert all(page.title and page.summary for page in part.pages), part.title
 
 
 def test_links_part_pages_and_sidebar_are_written(tmp_path):

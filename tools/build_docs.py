@@ -25,13 +25,24 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from roadmap import GROUPS
-
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 PROC = ROOT / "_proc"
 DOCS = ROOT / "_docs"
 FOLDERS = ("answers", "results")  # of nbs/, which pages link to
+
+# The parts of the course, by the first digit of a notebook's number.
+PARTS = {
+    "0": "Start",
+    "1": "The model",
+    "2": "Generation",
+    "3": "Data",
+    "4": "Pretraining",
+    "5": "Post-training",
+    "6": "Use and study",
+    "7": "Proofs",
+}
+LEVEL = re.compile(r"^\*\*(Core path|Going deeper|Reference)", re.MULTILINE)  # in a head
 
 # The version that smalldocs writes into its pages, and the SHA-256 of its archive.
 KATEX = "katex@0.16.11"
@@ -48,6 +59,7 @@ class Page(NamedTuple):
     file: str  # such as 10_rope.ipynb
     title: str
     summary: str  # one sentence
+    level: str = ""  # core path, going deeper or reference, if the head says so
 
     @property
     def plain(self) -> str:
@@ -58,41 +70,39 @@ class Page(NamedTuple):
 class Part(NamedTuple):
     """Notebooks that belong together."""
 
-    label: str  # as in the roadmap: "1 the model"
+    digit: str  # the first one of their numbers
     pages: list[Page]
 
     @property
     def file(self) -> str:
         """The name of the part's page."""
-        return f"part-{self.label.split()[0]}.md"
+        return f"part-{self.digit}.md"
 
     @property
     def title(self) -> str:
         """The title of the part's page."""
-        number, _, name = self.label.partition(" ")
-        return f"Part {number}: {name}"
+        return f"Part {self.digit}: {PARTS[self.digit]}"
 
 
 def read_page(path: Path) -> Page:
-    """Read title and summary in the first cell of a notebook."""
+    """Read title, summary and level in the first cells of a notebook."""
     notebook = json.loads(path.read_text("utf-8"))
-    text = "".join(notebook["cells"][0]["source"])
-    title = re.search(r"^# (.*)$", text, re.MULTILINE)
-    summary = re.search(r"^> (.*)$", text, re.MULTILINE)
-    return Page(path.name, title[1] if title else path.stem, summary[1] if summary else "")
+    texts = ["".join(cell["source"]) for cell in notebook["cells"][:4]]
+    title = re.search(r"^# (.*)$", texts[0], re.MULTILINE)
+    summary = re.search(r"^> (.*)$", texts[0], re.MULTILINE)
+    level = LEVEL.search("\n".join(texts))
+    return Page(
+        path.name,
+        title[1] if title else path.stem,
+        summary[1] if summary else "",
+        level[1].lower() if level else "",
+    )
 
 
 def read_parts(folder: Path) -> list[Part]:
-    """Sort the numbered notebooks of a folder into the groups of the roadmap."""
+    """Sort the numbered notebooks of a folder into parts."""
     pages = [read_page(path) for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))]
-    group_of = {stage.split()[0]: label for label, stages in GROUPS for stage in stages}
-    parts = []
-    for label, _ in GROUPS:
-        # A notebook that is not in the roadmap belongs to the part of its first digit.
-        digit = label.split()[0]
-        mine = [page for page in pages if group_of.get(page.file[:2], digit) == label]
-        mine = [page for page in mine if page.file[:2] in group_of or page.file[0] == digit]
-        parts.append(Part(label, mine))
+    parts = [Part(digit, [page for page in pages if page.file[0] == digit]) for digit in PARTS]
     return [part for part in parts if part.pages]
 
 
@@ -173,7 +183,9 @@ def write_parts(folder: Path, parts: list[Part]) -> None:
 
         # One paragraph for each notebook.
         for page in part.pages:
-            lines += [f"**[{page.file[:2]} {page.title}]({page.plain})**  ", page.summary, ""]
+            level = f" · {page.level}" if page.level else ""
+            link = f"**[{page.file[:2]} {page.title}]({page.plain})**{level}  "
+            lines += [link, page.summary, ""]
         files = {page.file for page in part.pages}
         for interactive in interactive_pages():
             if interactive.notebook in files:
@@ -190,7 +202,7 @@ def write_sidebar(folder: Path, parts: list[Part]) -> None:
 
     # A section opens its part's page.
     for part in parts:
-        lines += [f'      - section: "{part.label}"', f"        href: {part.file}"]
+        lines += [f'      - section: "{part.title}"', f"        href: {part.file}"]
         lines.append("        contents:")
         lines += [f"          - {page.plain}" for page in part.pages]
     answers = sorted((folder / "answers").glob("*.md"))
