@@ -13,7 +13,8 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from drawings.canvas import ALLOWED_COLORS, DIAGRAMS, WIDTH, text_width
+from diagrams import DIAGRAMS
+from drawings.canvas import ALLOWED_COLORS, WIDTH, text_width
 
 from tinylm.attention import attention_mask
 from tinylm.generate import SamplingConfig, process_logits

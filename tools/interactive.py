@@ -45,7 +45,7 @@ def compute(folder: Path) -> dict:
 
     # One row for each prompt, behind the token that begins a text.
     tokenizer = Tokenizer.from_pretrained(folder)
-    model = load_model(folder).eval()
+    model = load_model(folder).float().eval()
     prompts = []
     for text in PROMPTS:
         ids = [tokenizer.bos_token_id, *tokenizer.encode(text)]
