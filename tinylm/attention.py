@@ -39,7 +39,7 @@ def attend(
 ) -> Tensor:  # (B, H, T, d)
     """Compute softmax(q k^T / sqrt(d)) v in blocks, as FlashAttention (Dao et al. 2022).
 
-    `attend_at_once` computes short rows in training on a CPU in bfloat16, because it is faster.
+    Training on a CPU in bfloat16 with short rows uses `attend_at_once`, which is faster there.
     """
     H, T, K, S = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
 
