@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers, processors
+from tokenizers import pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tinylm.tokenizer import CHATML_TEMPLATE, SPECIAL_TOKENS, TextTokenizer, looks_like_path
