@@ -75,7 +75,7 @@ def naive_mla(layer, x):
         heads = []
         for W_q, W_kv in zip(query_matrices, expanding_matrices, strict=True):
             q = torch.cat((W_q[:n] @ token, rotated(W_q[n:] @ token, t)))
-            past = list(zip(latents[: t + 1], shared_keys))
+            past = list(zip(latents[: t + 1], shared_keys[: t + 1], strict=True))
             keys = [torch.cat((W_kv[:n] @ c, k)) for c, k in past]
             values = [W_kv[n:] @ c for c, _ in past]
             heads.append(attend_one(q, keys, values))
@@ -250,7 +250,7 @@ def test_under_autocast(layer, x):
         assert_close(in_pieces(layer, x, [4, 1, 1], None, ROPE), whole, rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize(("name", "rank"), product(["kv_lora_rank", "q_lora_rank"], [0, 33]))
+@pytest.mark.parametrize(("name", "rank"), list(product(["kv_lora_rank", "q_lora_rank"], [0, 33])))
 def test_bad_ranks_are_refused(name, rank):
     with pytest.raises(ValueError, match=f"{name} is {rank}: use 1 to 32"):
         MLAttention(D, H, **{**SIZES, name: rank})
@@ -269,7 +269,7 @@ def test_the_cache_and_the_parameters_are_as_small_as_promised(layer, x):
     assert sum(p.numel() for p in layer.parameters()) == predicted
 
 
-@pytest.mark.parametrize(("new", "S"), product([1, 4, 32], [32, 64]))
+@pytest.mark.parametrize(("new", "S"), list(product([1, 4, 32], [32, 64])))
 def test_multiplications_are_those_of_the_formula(new, S):
     n, p, v, r = 6, 4, 10, 12  # values of size n + p need no padding
     layer = MLAttention(D, H, r, n, p, v_head_dim=v).requires_grad_(False).eval()
