@@ -190,7 +190,7 @@ def sliding_window_mask(
 def document_mask(document_ids: Tensor) -> Tensor:
     """Separate the documents that are packed into one row; (B, S) int -> (B, 1, S, S) bool.
 
-    True means that both positions belong to the same document. The mask is not causal by itself.
+    True means that both positions are in the same document. The mask alone is not causal.
     """
     of_queries = document_ids[:, :, None]
     of_keys = document_ids[:, None, :]
@@ -205,7 +205,7 @@ def attention_mask(
     document_ids: Tensor | None = None,  # (B, S) int: a query sees its own document only
     padding: Tensor | None = None,  # (B, S), 1 = token, 0 = padding, as in Hugging Face
     device: torch.device | str | None = None,  # where the mask is made
-) -> Tensor | None:  # bool (T, S) or (B, 1, T, S), True = may attend; None: plain causal will do
+) -> Tensor | None:  # bool (T, S) or (B, 1, T, S), True = may attend; None: causal
     """Combine order, window, documents and padding into one mask.
 
     The result is None where the faster `mask=None` says the same.

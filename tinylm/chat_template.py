@@ -288,7 +288,7 @@ class Tokenizer(TextTokenizer):
         return ids, [answer >= first > 0 for answer in answers]
 
     def answer_end(self) -> int | None:
-        """Return the special token that ends an answer in the chat template; None without one."""
+        """Return the special token that ends an answer in the template; None without one."""
         return _answer_end(self.hf_tokenizer)
 
 # %% ../nbs/02_chat_template.ipynb #9ae0dfc2
