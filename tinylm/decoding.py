@@ -177,9 +177,10 @@ def _check_draft(
     V = model.config.vocab_size
     draft_V = draft.config.vocab_size
     if draft_V != V or len(prompts) > 1 or num_draft_tokens < 1:
-        problem = f"vocab_size={draft_V} for a model with {V}, num_draft_tokens={num_draft_tokens}"
+        problem = f"vocab_size={draft_V} for a model with {V}, "
+        problem += f"num_draft_tokens={num_draft_tokens}, {len(prompts)} prompts"
         remedy = "use a draft of the same tokenizer, 1 prompt, 1 draft token or more"
-        raise ValueError(f"{problem}, {len(prompts)} prompts: {remedy}")
+        raise ValueError(f"{problem}: {remedy}")
 
 # %% ../nbs/22_decoding.ipynb #aedbda32
 def speculative_steps(

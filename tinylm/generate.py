@@ -45,8 +45,8 @@ def uniform_noise(
     seed: int,  # of the whole batch
     rows: int,  # B; each row has a random stream of its own
     count: int,  # numbers for each row
-) -> Tensor:  # (count, B) numbers in [0, 1), on the CPU, so that a seed means the same everywhere
-    """Draw uniform noise for a batch; a row's numbers do not depend on how many rows there are."""
+) -> Tensor:  # (count, B) numbers in [0, 1), made on the CPU for every device
+    """Draw uniform noise; a row's numbers do not depend on the number of rows."""
     streams = []
     for row in range(rows):
         row_seed = int(np.random.SeedSequence([seed, row]).generate_state(1)[0])
@@ -455,7 +455,7 @@ def stream(
     config: SamplingConfig,  # how tokens are chosen
     stop_strings: Sequence[str] = (),  # the text ends before the first of these
     eos_token_id: EndTokens = None,  # None: the config's, or else the tokenizer's
-    steps: Callable = generate_steps,  # makes the tokens; or partial(speculative_steps, draft=...)
+    steps: Callable = generate_steps,  # or partial(speculative_steps, draft=...)
     continues: bool = True,  # the text continues the prompt; False: it is an answer in a chat
 ) -> Iterator[str]:  # pieces of the new text
     """Continue one prompt, and yield each piece of text when it is settled."""

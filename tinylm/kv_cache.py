@@ -46,7 +46,7 @@ class FullStore:
         k: Tensor,  # (B, K, T, d) new keys
         v: Tensor,  # (B, K, T, d) new values
         past: int,  # positions read before these
-    ) -> tuple[Tensor, Tensor]:  # what the new positions see: keys and values, each (B, K, S, d)
+    ) -> tuple[Tensor, Tensor]:  # all keys and values that they see, each (B, K, S, d)
         """Write new keys and values, and return them behind the old ones."""
         visible_keys = self._write(self.keys, k, past)
         visible_values = self._write(self.values, v, past)
@@ -92,7 +92,7 @@ class KVCache:
         config: ModelConfig,  # of the model
         batch_size: int,  # B, texts at a time
         max_length: int,  # S, most positions of a text
-        dtype: torch.dtype = torch.float32,  # of keys and values: that of the model's activations
+        dtype: torch.dtype = torch.float32,  # that of the model's activations
         device: torch.device | str | None = None,  # of the model
     ):
         self.batch_size = batch_size
@@ -130,7 +130,7 @@ class KVCache:
         k: Tensor,  # (B, K, T, d) new keys of one layer
         v: Tensor,  # (B, K, T, d) new values of that layer
         layer_idx: int,  # which layer
-    ) -> tuple[Tensor, Tensor]:  # what the new positions see: keys and values, each (B, K, S, d)
+    ) -> tuple[Tensor, Tensor]:  # all keys and values that they see, each (B, K, S, d)
         """Add new keys and values, and return them behind the old ones.
 
         The length stays as it is: see `advance`.
@@ -189,7 +189,7 @@ class KVCache:
 
 # %% ../nbs/20_kv_cache.ipynb #b796dde6
 class WindowStore(FullStore):
-    """A ring of positions, for a layer with a sliding window; it does not grow with the text."""
+    """A ring of positions for a layer with a window; it does not grow with the text."""
 
     def __init__(
         self,

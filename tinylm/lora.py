@@ -38,7 +38,7 @@ class LoraConfig:
         str, ...
     ] = ()  # ends of names of other weights, such as packed experts
     use_rslora: bool = False  # multiply by lora_alpha / sqrt(r) (Kalajdzievski 2023)
-    use_dora: bool = False  # lengths and directions of the rows are learned apart (Liu et al. 2024)
+    use_dora: bool = False  # learn lengths and directions of rows apart (Liu et al. 2024)
     init_lora_weights: bool | str = (
         True  # true: A random, B zero; "pissa": largest singular vectors
     )
@@ -47,8 +47,9 @@ class LoraConfig:
         has_start = self.init_lora_weights in (True, "pissa")
         has_target = bool(self.target_modules or self.target_parameters)
 
-        # A weight outside a linear layer has no inputs to drop, and `peft` has no variants for it.
-        is_plain = not self.use_dora and not self.lora_dropout and self.init_lora_weights is True
+        # A weight outside a linear layer has no inputs to drop; `peft` has no variants for it.
+        is_variant = self.use_dora or self.init_lora_weights is not True
+        is_plain = not is_variant and not self.lora_dropout
         fits_parameters = is_plain or not self.target_parameters
         rules: dict[str, tuple[object, str]] = {
             "r": (self.r >= 0, "use 1 or more, or 0 for no adapter"),
@@ -248,9 +249,9 @@ def _new_updates(model: nn.Module, config: LoraConfig) -> dict[str, LoRAUpdate]:
             raise FieldError("target_modules", config.target_modules, remedy)
     return {name: LoRAUpdate(weights[name], config).train(model.training) for name in names}
 
-
+# %% ../nbs/19_lora.ipynb #82a98665
 def _adapted_weights(model: nn.Module, name: str | None = None) -> dict[str, LoRA]:
-    """Return the adapters of each weight, by its name; raise if none has this adapter, or any."""
+    """Return the adapters of each weight, by its name; raise if there is no such adapter."""
     adapters = {}
     for path, module in model.named_modules():
         if isinstance(module, LoRA):
@@ -357,7 +358,7 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
             lora.active = name
 
 # %% ../nbs/19_lora.ipynb #25f38f5b
-_MERGED = "merged_lora"  # attribute of a model whose adapters are merged: a MergedWeight by name
+_MERGED = "merged_lora"  # attribute of a model with merged adapters: MergedWeights by name
 
 
 class MergedWeight(NamedTuple):
@@ -508,5 +509,6 @@ def load_lora(
 
     base = file.pop("base_model_name_or_path", None)
     if base_model and base and base_model != base:
-        raise FieldError("base_model", base_model, f"{folder} is for {base!r}: load it into that")
+        remedy = f"{folder} is for {base!r}: load it into that"
+        raise FieldError("base_model", base_model, remedy)
     add_lora(model, _read_config(file, folder), name, tensors)
