@@ -16,12 +16,13 @@ sys.path.insert(0, str(ROOT))
 
 def render() -> str:
     """Return the text of the file: for each command its help and a list of flags, one a line."""
-    from tinylm.commands import COMMANDS, flags_of
+    from tinylm.commands import COMMANDS, class_defaults, flags_of
 
     entries = []
     for name, command in COMMANDS.items():
         rows = ",\n".join(f"  {json.dumps(flag)}" for flag in flags_of(command))
-        entry = f'{{"help": {json.dumps(command.help)}, "flags": [\n{rows}\n]}}'
+        defaults = f'"class_defaults": {json.dumps(class_defaults(command))}'
+        entry = f'{{"help": {json.dumps(command.help)}, {defaults}, "flags": [\n{rows}\n]}}'
         entries.append(f"{json.dumps(name)}: {entry}")
     return "{\n" + ",\n".join(entries) + "\n}\n"
 
