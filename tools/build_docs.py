@@ -217,6 +217,10 @@ def copy_folders(folder: Path, names: dict[str, str]) -> None:
     for name in FOLDERS:
         if (NBS / name).exists():
             shutil.copytree(NBS / name, folder / name, dirs_exist_ok=True)
+    for path in NBS.glob("models/*/README.md"):
+        copy = folder / path.relative_to(NBS)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
     for path in (folder / "answers").glob("*.md"):
         text = path.read_text("utf-8")
         for old, new in names.items():
@@ -285,6 +289,7 @@ def relink(
     folder: Path,  # of the prepared notebooks
     names: dict[str, str],  # the old name of each notebook, and its new one
     site: str,  # address of the published site
+    files: str,  # address of the project's files, for links out of nbs/
 ) -> None:
     """Point links at the new names, and links to the published site at the pages beside them."""
     for path in [*folder.glob("*.ipynb"), folder / "sidebar.yml"]:
@@ -292,6 +297,7 @@ def relink(
         for old, new in names.items():
             text = text.replace(f"({old}", f"({new}")
             text = text.replace(f"- {old}", f"- {new}")
+        text = text.replace("](../", f"]({files}/")
         text = re.sub(re.escape(site) + r"(?=[\w./-]*\.html)", "", text)
         path.write_text(text, "utf-8")
 
@@ -348,7 +354,8 @@ def main() -> int:
     config = get_config()
     parts = read_parts(NBS)
     names = plain_names(PROC)
-    relink(PROC, names, f"{config.doc_host}{config.doc_baseurl}/")
+    files = f"{config.git_url}/blob/{config.branch}"
+    relink(PROC, names, f"{config.doc_host}{config.doc_baseurl}/", files)
 
     # Add what the site has besides the notebooks.
     copy_folders(PROC, names)
