@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['T95', 'QUESTION_AND_ANSWER', 'perplexity', 'bits_per_byte', 'distance_to_floor', 'label_nats', 'split_nats',
-           'document_nats', 't95', 'mean_and_interval', 'looks_like_leak', 'PackedCheck', 'packed_equals_alone',
-           'KindLoss', 'stack_documents', 'token_ends', 'loss_by_kind', 'Score', 'starts_with_answer', 'score_by_kind',
-           'answer_all', 'exact_match', 'multiple_choice', 'as_chat', 'score_replies', 'chat']
+           'document_nats', 't95', 'mean_and_interval', 'looks_like_leak', 'KindLoss', 'stack_documents', 'token_ends',
+           'loss_by_kind', 'Score', 'starts_with_answer', 'score_by_kind', 'answer_all', 'exact_match',
+           'multiple_choice', 'as_chat', 'score_replies', 'chat']
 
 # %% ../nbs/44_evaluate.ipynb #6770b65b
 import math
 import re
-from copy import deepcopy
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from .chat_template import Tokenizer
 from .corpus import Question, Story, token_kinds, token_nats
-from .data import Batches, TokenFile, fill_batch
+from .data import Batches, TokenFile
 from .generate import SamplingConfig, encode_prompt, evaluation_mode, generate_text
 from .model import TinyLM
 
@@ -138,66 +137,6 @@ def looks_like_leak(
 ) -> bool:
     """Return whether a model is too far below the floor in all to be honest."""
     return bool(floor_nats.sum() - nats.sum() > math.log(odds))
-
-# %% ../nbs/44_evaluate.ipynb #dac0ffee
-@dataclass
-class PackedCheck:
-    """Documents that follow others in packed rows, and the same documents each alone in a row."""
-
-    documents: int  # how many were compared; 0 if no row has two
-    different: int  # how many of them lose other nats on some token
-    packed: float  # nats per token in packed rows
-    alone: float  # nats per token of the same documents, each alone
-
-    @property
-    def equal(self) -> bool:
-        """Return whether most documents are the same both ways; rounding may change a few."""
-        return self.documents == 0 or 2 * self.different < self.documents
-
-
-def packed_equals_alone(
-    model: TinyLM,  # the one to measure
-    file: TokenFile,  # the documents
-    seq_len: int,  # tokens of a row, as in training
-    documents: int = 8,  # how many to compare, at least
-    tolerance: float = 1e-3,  # nats on a token, absolute and relative: rounding in float32
-) -> PackedCheck:
-    """Compare what a model loses on documents behind others in a row, and on each of them alone."""
-    # Rounding in lower precision would be as large as a leak.
-    if next(model.parameters()).dtype not in (torch.float32, torch.float64):
-        model = deepcopy(model).float()
-
-    rows = Batches(file, seq_len, batch_size=1, shuffle=False)
-    packed_nats: list[Tensor] = []
-    alone_nats: list[Tensor] = []
-    for step in range(len(rows)):
-        pieces = rows.row(step)
-        first_piece, *followers = pieces
-        if not followers:
-            continue
-
-        # The same text twice: in one row, and in a row for each piece.
-        packed = label_nats(model, fill_batch(file, [pieces], seq_len))[0]
-        alone = label_nats(model, fill_batch(file, [[piece] for piece in followers], seq_len))
-        _, begin = first_piece  # its length
-        for row, (_, length) in zip(alone, followers):
-            packed_nats.append(packed[begin + 1 : begin + length])
-            alone_nats.append(row[1:length])
-            begin += length
-        if len(packed_nats) >= documents:
-            break
-
-    if not packed_nats:
-        return PackedCheck(documents=0, different=0, packed=0.0, alone=0.0)
-    different = 0
-    for packed, alone in zip(packed_nats, alone_nats):
-        different += int(not torch.allclose(packed, alone, rtol=tolerance, atol=tolerance))
-    return PackedCheck(
-        documents=len(packed_nats),
-        different=different,
-        packed=torch.cat(packed_nats).mean().item(),
-        alone=torch.cat(alone_nats).mean().item(),
-    )
 
 # %% ../nbs/44_evaluate.ipynb #73aed0ed
 @dataclass

@@ -14,12 +14,12 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
+from .packing import PackedCheck, packed_equals_alone
 
 from .chat_template import Tokenizer
 from .corpus import Question, Story, make_corpus
 from tinylm.evaluate import (
     KindLoss,
-    PackedCheck,
     Score,
     bits_per_byte,
     chat,
@@ -29,7 +29,6 @@ from tinylm.evaluate import (
     loss_by_kind,
     mean_and_interval,
     multiple_choice,
-    packed_equals_alone,
     perplexity,
     split_nats,
 )
@@ -70,10 +69,7 @@ class Report:
         if self.loss_interval is not None:
             value = f"{self.loss:.4f} ± {self.loss_interval:.4f} nats per token{over}"
         if self.packing is not None and not self.packing.equal:
-            packed = f"{self.packing.packed:.4f} nats per token in packed rows"
-            alone = f"{self.packing.alone:.4f} alone"
-            count = f"{self.packing.different} of {self.packing.documents} documents"
-            value += f" DOCUMENTS IN A ROW SEE EACH OTHER: {count} differ, {packed}, {alone}"
+            value += f" {self.packing.alarm}"
         rows = [("loss", value)]
         if self.floor is None:
             return rows

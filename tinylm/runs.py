@@ -6,8 +6,8 @@
 __all__ = ['Tracker', 'TRACKERS', 'Recipe', 'no_tracker', 'tensorboard_tracker', 'hosted_tracker', 'wandb_tracker',
            'trackio_tracker', 'RunConfig', 'file_checksums', 'check_folder', 'write_checkpoint', 'remove_litter',
            'checkpoints', 'damage_errors', 'cut_log', 'with_bar', 'only_reports', 'plot_loss', 'RunFolder', 'run_lock',
-           'empty_run', 'resume_command', 'check_writable', 'is_taken', 'check_run', 'with_full_paths', 'save_config',
-           'run_identity', 'open_run']
+           'empty_run', 'Interrupted', 'stop_requests', 'resume_command', 'check_writable', 'is_taken', 'check_run',
+           'with_full_paths', 'save_config', 'run_identity', 'open_run']
 
 # %% ../nbs/42_runs.ipynb #c8f3bb7b
 import hashlib
@@ -17,7 +17,10 @@ import os
 import pickle
 import shlex
 import shutil
+import signal
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -33,14 +36,15 @@ from tqdm import tqdm
 
 from .basics import FieldError, check_fields, read_metrics, write_errors, write_folder
 from .chat_template import Tokenizer
+from .checkpoints import load_model
 from .engine import EngineConfig
 from .generate import check_vocabulary
 from .model import Block, TinyLM
 from .optim import number_rules
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from .checkpoints import load_model
 
 # %% ../nbs/42_runs.ipynb #81ed38ad
 Tracker = Callable[[dict], object]  # takes the lines of metrics.jsonl
@@ -221,30 +225,67 @@ def only_reports(step: int, problem: str) -> Iterator[None]:
         tqdm.write(f"warning: step {step}: {problem}: {line}")
 
 
-def plot_loss(out: Path, floor: float | None = None) -> "Figure":
-    """Draw training loss, validation loss and floor of a run against tokens."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-
-    # The curves, and the lowest loss that any model can reach.
-    rows = read_metrics(out)
+def _draw_losses(axes: "Axes", rows: list[dict], floor: float | None) -> None:
+    """Draw the losses of a run against its tokens, and the floor if it is known."""
     for name, label, style in (("loss", "train", "-"), ("validation_loss", "validation", "o-")):
         points = [(row["tokens"], row[name]) for row in rows if name in row]
         if points:
             last = points[-1][1]
             axes.plot(*zip(*points), style, markersize=4, label=f"{label} {last:.3f}")
     if floor is not None:
-        axes.axhline(floor, color="black", linestyle="--", linewidth=1, label=f"floor {floor:.3f}")
+        axes.axhline(floor, color="black", linestyle="--", label="floor")
 
-    # The scale: an untrained model may begin far above everything of interest.
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)", yscale="log")
+    # An untrained model may begin far above everything of interest.
+    axes.set(title="Loss", ylabel="nats per token", yscale="log")
     bottom, top = axes.get_ylim()
     axes.set_ylim(top=min(top, 12 * bottom))
-    axes.xaxis.set(major_formatter="{x:,.0f}")
     axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
     axes.legend(loc="upper right")
+
+
+def _draw_distance(axes: "Axes", rows: list[dict], floor: float) -> None:
+    """Draw how far the validation loss is above the floor, in percent of it."""
+    from matplotlib.colors import to_hex
+
+    validations = [row for row in rows if "validation_loss" in row]
+    tokens = [row["tokens"] for row in validations]
+    percents = [100 * (row["validation_loss"] / floor - 1) for row in validations]
+    axes.plot(tokens, percents, "o-", markersize=4, color=to_hex("C1"))
+    title = "Distance of the validation loss to the floor"
+    axes.set(title=title, ylabel="percent above the floor")
+
+    # The logarithm shows the last percent as large as the first ten.
+    if percents and min(percents) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set(major_formatter="{x:g}%", minor_formatter="{x:g}%")
+        axes.annotate(
+            f"{percents[-1]:.1f}%",
+            (tokens[-1], percents[-1]),
+            xytext=(-8, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+        )
+
+
+def plot_loss(out: Path, floor: float | None = None) -> "Figure":
+    """Draw the losses of a run against tokens, and their distance to the floor if it is known."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    # The style holds for this figure only.
+    with style.context("tinylm.figures"):
+        panels = 1 if floor is None else 2
+        figure = Figure(figsize=(6.4, 3.6) if floor is None else (9.6, 3.6))
+        all_axes = figure.subplots(1, panels, squeeze=False, sharex=True)[0]
+        rows = read_metrics(out)
+        _draw_losses(all_axes[0], rows, floor)
+        if floor is not None:
+            _draw_distance(all_axes[1], rows, floor)
+        for axes in all_axes:
+            axes.set(xlabel="tokens trained on")
+            axes.xaxis.set(major_locator=MaxNLocator(4), major_formatter="{x:,.0f}")
     return figure
 
 
@@ -362,6 +403,41 @@ def empty_run(out: Path) -> None:
             shutil.rmtree(path)
         elif path.name != ".lock":
             path.unlink()
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a run; the message says how to go on."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number  # which signal it was
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collect SIGINT (Ctrl-C) and SIGTERM, so that a step can be finished."""
+    requests: list[int] = []
+    times: list[float] = []
+
+    def handle(number: int, frame: object) -> None:
+        requests.append(number)
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 1:  # torchrun and a terminal may send the same one twice
+            raise Interrupted("stopped at once", number)
+        if not (int(os.environ.get("RANK", 0)) or os.environ.get("TQDM_DISABLE")):
+            os.write(2, b"\nstopping: this step, then a checkpoint (once more: stop at once)\n")
+
+    # Signals reach the main thread only; one that is ignored, as under nohup, stays ignored.
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, handle)
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def resume_command(config: Recipe) -> str:
