@@ -246,6 +246,7 @@ def _draw_losses(axes: "Axes", rows: list[dict], floor: float | None) -> None:
 def _draw_distance(axes: "Axes", rows: list[dict], floor: float) -> None:
     """Draw how far the validation loss is above the floor, in percent of it."""
     from matplotlib.colors import to_hex
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     validations = [row for row in rows if "validation_loss" in row]
     tokens = [row["tokens"] for row in validations]
@@ -259,7 +260,8 @@ def _draw_distance(axes: "Axes", rows: list[dict], floor: float) -> None:
     # The logarithm shows the last percent as large as the first ten.
     if percents and min(percents) > 0:
         axes.set_yscale("log")
-        axes.yaxis.set(major_formatter="{x:g}%", minor_formatter="{x:g}%")
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}%")
+        axes.yaxis.set(minor_formatter=NullFormatter())
 
 
 def plot_loss(out: Path, floor: float | None = None) -> "Figure":
