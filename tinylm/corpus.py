@@ -122,11 +122,11 @@ SPLITS = ("train", "validation", "heldout")
 
 
 def _is_held_out(person: str, thing: str) -> bool:
-    """Tell whether a pair is held out: every sixth thing, shifted by one from person to person."""
+    """Tell whether a pair is held out: every sixth thing, shifted from person to person."""
     return (PEOPLE.index(person) + THINGS.index(thing)) % 6 == 0
 
 
-HELD_OUT = {person: {thing for thing in THINGS if _is_held_out(person, thing)} for person in PEOPLE}
+HELD_OUT = {who: {thing for thing in THINGS if _is_held_out(who, thing)} for who in PEOPLE}
 
 # %% ../nbs/30_corpus.ipynb #7036c58a
 class Answer(NamedTuple):
@@ -788,7 +788,7 @@ def _add_details(story: Story, teller: Teller) -> None:
 
 def stories(
     seed: int = 0,  # another seed, another stream
-    split: str = "train",  # or "validation" (the same distribution), "heldout" (the held-out pairs)
+    split: str = "train",  # or "validation" (the same distribution), "heldout" (held-out pairs)
     details: bool = False,  # also make spans and questions
 ) -> Iterator[Story]:  # endless
     """Tell a stream of stories, the same on every machine for the same seed and split."""

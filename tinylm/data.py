@@ -85,7 +85,7 @@ def cut(
 # %% ../nbs/31_data.ipynb #698623db
 def fill_batch(
     file: TokenSource,  # holds the ids
-    rows: list[list[tuple[int, int]]],  # of each row the (first token, number of tokens) of pieces
+    rows: list[list[tuple[int, int]]],  # of each row: (first token, length) of pieces
     seq_len: int,  # T, tokens of a row
 ) -> dict[str, torch.Tensor]:  # (B, T) int64 each
     """Make the tensors of some rows.
@@ -163,7 +163,7 @@ class Batches:
     seed: int = 0  # of the order of the rows
     rank: int = 0  # this process
     world_size: int = 1  # number of processes
-    shuffle: bool = True  # False: one pass, always the same, with a smaller last batch: validation
+    shuffle: bool = True  # False: one pass, always the same: for validation
 
     def __post_init__(self) -> None:
         if self.seq_len < 2 or self.batch_size < 1 or self.batch_size % self.world_size:
@@ -174,7 +174,7 @@ class Batches:
 
         # Epochs with long documents may differ by a row.
         self.num_rows = self._rows_in(0)  # of the first epoch
-        self.epoch_starts = [0, self.num_rows]  # rows before each epoch, as far as they are counted
+        self.epoch_starts = [0, self.num_rows]  # rows before each epoch, as far as counted
 
     def _rows_in(self, epoch: int) -> int:
         """Count the rows of an epoch."""
@@ -212,7 +212,8 @@ class Batches:
         After the last row of an epoch comes the first of the next.
         """
         if step < 0 or (not self.shuffle and step >= len(self)):
-            raise ValueError(f"step {step}: without shuffling there are steps 0 to {len(self) - 1}")
+            last = len(self) - 1
+            raise ValueError(f"step {step}: without shuffling there are steps 0 to {last}")
         begin = step * self.batch_size
         stop = begin + self.batch_size
         if not self.shuffle:
@@ -301,7 +302,8 @@ def write_tokens(
                 ids = np.asarray(document)
                 if len(ids) < 2 or ids.min() < 0 or ids.max() >= vocab_size:
                     need = f"give at least 2 tokens, ids from 0 to {vocab_size - 1}"
-                    raise ValueError(f"documents: number {number} is {ids[:20].tolist()}; {need}")
+                    shown = ids[:20].tolist()
+                    raise ValueError(f"documents: number {number} is {shown}; {need}")
                 ids.astype(dtype).tofile(file)
                 offsets.append(offsets[-1] + len(ids))
 

@@ -262,7 +262,7 @@ class LocalEngine:
         self,
         batch: dict[str, Tensor],  # this process's rows
         step: int,  # number of the step, for the learning rate; 0 is the first
-        check: Callable[[StepResult], None] | None = None,  # raises if the step must not be taken
+        check: Callable[[StepResult], None] | None = None,  # raises to refuse the step
     ) -> StepResult:
         """Take one optimizer step; `check` sees its figures before the weights are touched."""
         loss, targets = self.backward(batch)
@@ -294,7 +294,8 @@ class Engine(LocalEngine):
         if config.compile:
             self.module = torch.compile(self.module)  # type: ignore[assignment]
         if is_shared and not config.fsdp:
-            self.module = nn.parallel.DistributedDataParallel(self.module, broadcast_buffers=False)
+            wrap = nn.parallel.DistributedDataParallel
+            self.module = wrap(self.module, broadcast_buffers=False)
 
     def all_reduce(self, total: Tensor) -> None:
         """Add up a tensor over all processes, in place."""
@@ -370,7 +371,7 @@ def keep_freed_memory() -> None:
 
 # %% ../nbs/41_engine.ipynb #a16ca39c
 def measure_matmul_peak(device: torch.device | str = "cpu", precision: str = "auto") -> float:
-    """Measure floating-point operations per second of the fastest of some large matrix products."""
+    """Measure floating-point operations per second of the fastest large matrix product."""
     precision = choose_precision(precision, torch.device(device))
     dtype = PRECISIONS[precision].autocast or torch.float32
     rates = []

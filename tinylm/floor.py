@@ -39,7 +39,7 @@ class Replayer(Teller):
         self.matched = 0  # characters of the text that agree so far
 
     def toss(self, n: int, cumulative: list[float] | None = None) -> int:
-        """Take the next option of the script; past its end the first, and try the others later."""
+        """Take the next option of the script; past its end the first, the others later."""
         if self.tossed == len(self.script):
             for other in range(1, n):
                 self.todo.append([*self.script, other])

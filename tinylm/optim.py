@@ -25,7 +25,7 @@ from .basics import FieldError, check_fields, nearest
 
 # %% ../nbs/40_optim.ipynb #fa00701a
 def muon_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 where there are units for it (on a GPU and on some CPUs), else float32."""
+    """Return bfloat16 where the device has units for it (GPUs, some CPUs), else float32."""
     if device.type != "cpu":
         return torch.bfloat16
     get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
@@ -38,7 +38,7 @@ def orthogonalize(
     matrices: list[torch.Tensor],  # of one shape; each may also be transposed
     dtype: torch.dtype | None = None,  # of the computation; None: as `muon_dtype` says
 ) -> list[torch.Tensor]:
-    """Set all singular values to about 1, by the Newton-Schulz iteration of Jordan 2024, "Muon"."""
+    """Set all singular values to about 1, by Newton-Schulz (Jordan 2024, "Muon")."""
     # Stack them as wide matrices; the matrix products below are then as small as possible.
     wide = [matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
     x = torch.stack(wide)
@@ -61,7 +61,7 @@ def orthogonalize(
 
 # %% ../nbs/40_optim.ipynb #d843e28c
 def gathered(x: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of which each process has a part (FSDP2) as a whole; any other as it is."""
+    """Return a tensor that is split over processes (FSDP2) as a whole; any other as it is."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
@@ -80,7 +80,7 @@ class Muon(torch.optim.Optimizer):
         self,
         params: Iterable,  # matrices, or stacks of matrices
         lr: float = 1e-3,  # learning rate
-        weight_decay: float = 0.1,  # shrinks matrices by this times the learning rate in each step
+        weight_decay: float = 0.1,  # shrinks matrices by this times the learning rate
         momentum: float = 0.95,  # decay rate of the average of gradients
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -179,7 +179,7 @@ def number_rules(
 
 
 def optimizer_option_names(function: Callable) -> list[str]:
-    """Return the options of an optimizer: the parameters of its function after (model, config)."""
+    """Return the options of an optimizer: its function's parameters after (model, config)."""
     return list(inspect.signature(function).parameters)[2:]
 
 
@@ -218,7 +218,7 @@ class OptimConfig:
         }
         check_fields(self, names | number_rules(self, ranges))
 
-        # The options are arguments of the optimizer's function, so its signature knows their names.
+        # The options are arguments of the optimizer's function: its signature has their names.
         names_of_options = optimizer_option_names(OPTIMIZERS[self.optimizer])
         for name in self.optimizer_options:
             if name not in names_of_options:
@@ -245,7 +245,7 @@ def lr_factor(
 
 # %% ../nbs/40_optim.ipynb #dc7070e9
 def register_optimizer(function: Callable) -> Callable:
-    """Make a function (model, config, **options) -> list of optimizers available under its name.
+    """Make a function (model, config, **options) -> optimizers available under its name.
 
     Parameters of the model that it leaves out are trained by AdamW.
     """
@@ -282,7 +282,7 @@ def adamw_for(
     rate = config.learning_rate
     return [torch.optim.AdamW(groups, lr=rate, betas=config.betas, eps=eps, fused=True)]
 
-
+# %% ../nbs/40_optim.ipynb #b99787e5
 @register_optimizer
 def muon(
     model: nn.Module,  # whose matrices inside the blocks it takes
@@ -308,13 +308,12 @@ def adamw(
 
 
 def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """Make the optimizers of all that is trained; the schedule scales `peak_lr` of each group."""
+    """Make the optimizers of all that is trained; the schedule scales each `peak_lr`."""
     optimizers = OPTIMIZERS[config.optimizer](model, config, **config.optimizer_options)
 
     # AdamW takes what is left.
-    owned = {
-        p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
-    }
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    owned = {p for group in groups for p in group["params"]}
     rest = [p for p in trained_parameters(model).values() if p not in owned]
     optimizers = [*optimizers, *adamw_for(rest, config)]
     for optimizer in optimizers:
@@ -354,7 +353,7 @@ def optimizer_state(
     state = optimizer.state_dict() | {"settings_at_start": start}
     return map_tensors(state, lambda x: gathered(x).cpu())  # type: ignore[return-value]
 
-
+# %% ../nbs/40_optim.ipynb #e22d2117
 def restore_optimizer(
     optimizer: torch.optim.Optimizer,  # one that was just made
     saved: dict,  # from `optimizer_state`
@@ -398,7 +397,7 @@ def restore_settings(
     now: dict,  # with which settings the optimizer begins now
     then: dict,  # with which settings it began when the run was new
 ) -> None:
-    """Continue from the saved settings of a group, except for those that the user has changed."""
+    """Continue from the saved settings of a group, except for those changed since."""
     for name, value in saved.items():
         if name != "params" and is_same(now.get(name), then.get(name)):
             group[name] = value

@@ -29,7 +29,7 @@ from .data import TokenFile, new_folder, write_tokens
 from .files import BUILDERS, DataConfig, Documents, load_documents
 
 # %% ../nbs/33_token_cache.ipynb #77dcba6f
-BPE_CHARACTERS = 5_000_000  # characters that a BPE learns from; of more text it is hardly better
+BPE_CHARACTERS = 5_000_000  # characters that a BPE learns from; more hardly help
 GROUP = 2_000_000  # bytes of text that are encoded together, on all processors
 
 
@@ -103,7 +103,7 @@ def _encode_pieces(
         for (number, _), ids in zip(group, rows, strict=True):
             yield number, np.array(ids, np.uint32)
 
-
+# %% ../nbs/33_token_cache.ipynb #3569940b
 def tokenize(
     documents: Documents,  # what is encoded
     tokenizer: Tokenizer,  # encodes it
@@ -162,7 +162,7 @@ def _short_hash(content: bytes) -> str:
 
 
 def cache_key(config: DataConfig) -> dict:
-    """Collect all that decides what the tokens are: code, local files, and fields of the config."""
+    """Collect all that decides the tokens: code, local files, and fields of the config."""
     # The source code of the tokenizer, and of the stories where they are used.
     modules = [inspect.getfile(part) for part in Tokenizer.__mro__ if part is not object]
     if config.path is None:
@@ -175,7 +175,7 @@ def cache_key(config: DataConfig) -> dict:
         unused += ["stories", "validation_stories", "seed"]
     fields = {name: value for name, value in asdict(config).items() if name not in unused}
 
-    # Of a tokenizer in a folder its rules count: other files there, such as a report, come and go.
+    # Of a tokenizer in a folder only its rules count; other files there come and go.
     if config.tokenizer not in TOKENIZERS and Path(config.tokenizer).is_dir():
         fields["tokenizer"] = tokenizer_mark(Tokenizer.from_pretrained(config.tokenizer))
     return {
@@ -268,7 +268,7 @@ class Prepared(NamedTuple):
 
 
 def cache_folder(config: DataConfig, validation_only: bool = False) -> tuple[Path, dict]:
-    """Return where the tokens of a `cache_key` are kept, if they were made before, and that key."""
+    """Return where the tokens of a config are kept, once they are made, and their key."""
     root = config.cache_dir or os.environ.get("TINYLM_CACHE") or "~/.cache/tinylm"
     key = {**cache_key(config), "validation_only": validation_only}
 
@@ -277,7 +277,7 @@ def cache_folder(config: DataConfig, validation_only: bool = False) -> tuple[Pat
     name = _short_hash(json.dumps(identity, sort_keys=True).encode())
     return Path(root).expanduser() / name, key
 
-
+# %% ../nbs/33_token_cache.ipynb #ea9d742b
 def prepare(config: DataConfig, validation_only: bool = False) -> Prepared:
     """Load, make the tokenizer, tokenize, once for each `cache_key`.
 
