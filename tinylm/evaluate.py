@@ -22,8 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from .chat_template import Tokenizer
-from .corpus import Question, Story, token_kinds, token_nats
+from .corpus import Question, Story
 from .data import Batches, TokenFile
+from .floor import token_kinds, token_nats
 from .generate import SamplingConfig, encode_prompt, evaluation_mode, generate_text
 from .model import TinyLM
 

@@ -77,7 +77,7 @@ BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parq
 
 
 def find_files(root: Path) -> tuple[str, dict[str, list[str]]]:
-    """Return the kind and the data files of each split, of a file or of a folder and all below."""
+    """Return the kind and the data files of each split, of a file or of a whole folder."""
     files_by_kind: dict[str, dict[str, list[str]]] = {}  # kind: split: files
     for path in [root] if root.is_file() else sorted(root.rglob("*")):
         name = "" if path == root else f"/{path.relative_to(root).as_posix().lower()}"
@@ -134,7 +134,7 @@ def _is_json(line: str) -> bool:
 
 
 def read_json(path: str) -> Iterator:
-    """Yield the records of a JSON file: one a line, or one array, or a single one on many lines."""
+    """Yield the records of a JSON file: one a line, one array, or one on many lines."""
     with open(path, encoding="utf-8-sig") as file:
         # The first line says which of the three it is.
         first = next((line for line in file if line.strip()), "")
@@ -165,7 +165,7 @@ def read_parquet(path: str) -> Iterator[dict]:
         for batch in file.iter_batches(batch_size=1000):
             yield from batch.to_pylist()
 
-
+# %% ../nbs/32_files.ipynb #56ea9fe6
 # How a file of each kind is read.
 READERS: dict[str, Callable[[str], Iterator]] = {
     "text": read_text,
@@ -239,14 +239,14 @@ def open_hub(config: DataConfig) -> dict:
     splits = datasets.load_dataset(name, config.name, streaming=config.streaming, **options)
     return dict(splits)
 
-
+# %% ../nbs/32_files.ipynb #0513c0c8
 def _records(dataset: Any, config: DataConfig) -> Iterator[tuple[str, int, dict]]:
-    """Yield each record of a split behind the name of its file or dataset, and its number in it."""
+    """Yield each record of a split behind its file or dataset, and its number in it."""
     if isinstance(dataset, LocalSplit):
         yield from dataset
         return
     number = 0
-    for batch in dataset.iter(batch_size=1000):  # one by one, records take several times as long
+    for batch in dataset.iter(batch_size=1000):  # one by one is far slower
         for values in zip(*batch.values()):
             number += 1
             yield str(config.path), number, dict(zip(batch, values))
