@@ -28,7 +28,9 @@ setup(
     keywords=words("keywords"),
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
-    package_data={cfg["lib_path"]: ["py.typed", "recipes/*.yaml", "flags.json", "figures.mplstyle"]},
+    package_data={
+        cfg["lib_path"]: ["py.typed", "recipes/*.yaml", "flags.json", "figures.mplstyle"],
+    },
     install_requires=words("requirements"),
     extras_require={
         key.removesuffix("_requirements"): words(key)

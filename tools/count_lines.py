@@ -31,6 +31,8 @@ PARTS = {  # the first digit of a notebook's number: the part it belongs to
 # other projects, experiments, exercises, the command line.
 AROUND = (
     "corpus",
+    "floor",
+    "proofs",
     "checkpoints",
     "hub",
     "recipes",
