@@ -37,6 +37,7 @@ NO_FIGURE = re.compile(
     r"|\*\*(?:Warm-up|Ten minutes|An hour)\.?\*\*",
     re.IGNORECASE,
 )
+EXERCISES = re.compile(r"^## Exercises\n.*?(?=^## |\Z)", re.M | re.S)  # they ask, and claim nothing
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -135,6 +136,7 @@ def without_source(path: Path) -> list[tuple[str, str]]:
     cells = nbformat.read(path, as_version=4).cells
     page = "\n".join(output_text(cell) for cell in cells if cell.cell_type == "code")
     prose = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    prose = [EXERCISES.sub("", text) for text in prose]
 
     # Code blocks in the prose itself are examples, which are tested elsewhere.
     examples = "\n".join(re.findall(r"```.*?```", "\n".join(prose), flags=re.S))
