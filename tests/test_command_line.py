@@ -274,6 +274,14 @@ class Terminal:
         before, _, self.text = self.text.partition(text)
         return before
 
+    def wait_for_anything(self) -> None:
+        """Read until something is printed; an untrained model may print only newlines."""
+        end = time.monotonic() + 60
+        while not self.text and time.monotonic() < end:
+            if select.select([self.screen], [], [], 0.1)[0]:
+                self.text += os.read(self.screen, 4096).decode(errors="replace")
+        assert self.text, "nothing was printed"
+
     def type(self, text: str) -> None:
         os.write(self.screen, text.encode())
 
@@ -301,7 +309,7 @@ def test_chat_in_a_terminal(run):
     assert "/reset to forget, /save FILE to keep, /exit or Ctrl-D to end" in terminal.wait_for("> ")
     terminal.type("the cat\n")
     terminal.wait_for("the cat\r\n")
-    time.sleep(1)
+    terminal.wait_for_anything()
     terminal.type("\x03")  # Ctrl-C in an answer
     terminal.wait_for("(stopped)")
     terminal.wait_for("> ")
