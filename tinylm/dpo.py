@@ -119,9 +119,8 @@ def preference_loss(
 
 # %% ../nbs/52_dpo.ipynb #03517a8f
 SIDES = ("chosen", "rejected")
-EncodedAnswer = tuple[
-    list[int], list[int]
-]  # ids of a whole conversation, labels of its last answer
+# Ids of a whole conversation, and labels of its last answer.
+EncodedAnswer = tuple[list[int], list[int]]
 EncodedPair = list[EncodedAnswer]  # chosen, rejected
 
 
@@ -170,7 +169,7 @@ def story_pair(story: Story) -> dict:
     chat = story_chat(story)
     right = chat[1]["content"]
 
-    # The length of the text decides whether the answer rambles: the same on every machine.
+    # Whether the answer rambles depends on the length of the text only: no random draw is needed.
     if len(story.text) % 2:
         rejected = ramble(story, right)
     else:
@@ -391,7 +390,7 @@ PAIR_FIGURES = ("preference_loss", "reward_chosen", "reward_rejected", "margin",
 
 @dataclass(eq=False)
 class DPOStage(ReferenceStage):
-    """Training on pairs; what its metrics call tokens are pairs."""
+    """Training on pairs; its metrics count pairs where those of other stages count tokens."""
 
     unit = "pairs"
 

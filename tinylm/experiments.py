@@ -41,9 +41,9 @@ def interval(values: list[float], minus: list[float] | None = None) -> tuple[flo
     groups = [values, minus] if minus else [values]
     freedom = sum(len(group) - 1 for group in groups)
     squares = sum((x - fmean(group)) ** 2 for group in groups for x in group)
-    spread = sqrt(squares / freedom) if freedom else inf
 
     # A single run says nothing about the spread, so its interval is infinite.
+    spread = sqrt(squares / freedom) if freedom else inf
     t = T95[min(freedom, len(T95)) - 1]
     width = t * spread * sqrt(sum(1 / len(group) for group in groups))
     mean = fmean(values) - (fmean(minus) if minus else 0.0)
