@@ -35,7 +35,7 @@ def perplexity(loss: float) -> float:
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """Return the compressed size of a text on which a model loses `nats`."""
+    """Return the compressed size of a text, from the sum of its losses in nats."""
     return nats / math.log(2) / num_bytes
 
 

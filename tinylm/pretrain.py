@@ -144,7 +144,7 @@ class Stage(Protocol):
     def summary(self, validation_loss: float) -> list[tuple[str, str]]:
         """Return name and value of what was reached, for the table at the end."""
 
-
+# %% ../nbs/43_pretrain.ipynb #bb62b8cab
 @dataclass(eq=False)
 class PretrainStage:
     """Predict the next token of a text; the base of stages that are much like it."""

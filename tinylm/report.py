@@ -267,8 +267,9 @@ def plot_reports(reports: dict[str, Report]) -> "Figure":
         _draw_scores(in_story, {name: report.exact_match for name, report in reports.items()})
         _draw_scores(as_chat, {name: report.chat for name, report in reports.items()})
         for axes, title in ((in_story, "asked in a story"), (as_chat, "asked as a chat")):
-            axes.set(title=title, ylim=(0, 1), ylabel="share of the replies, 95% intervals")
+            axes.set(title=title, ylim=(0, 1))
             axes.grid(False, axis="x")
+        in_story.set_ylabel("share, with its 95% interval")
         in_story.legend()
     return figure
 

@@ -260,7 +260,8 @@ def _draw_distance(axes: "Axes", rows: list[dict], floor: float) -> None:
     # The logarithm shows the last percent as large as the first ten.
     if percents and min(percents) > 0:
         axes.set_yscale("log")
-        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}%")
+        labeled = (1, 2, 5) if max(percents) > 10 * min(percents) else (1, 1.5, 2, 3, 5, 7)
+        axes.yaxis.set(major_locator=LogLocator(subs=labeled), major_formatter="{x:g}%")
         axes.yaxis.set(minor_formatter=NullFormatter())
 
 
