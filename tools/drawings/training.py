@@ -283,7 +283,7 @@ def draw_sft(d: Drawing) -> None:
     # Before and after.
     d.text(MARGIN, 448, "asked: Where was Mia?", 16, anchor="start", bold=True)
     d.text(MARGIN, 476, "before", 15, RED, "start")
-    d.box(90, 458, 450, 30, "… goes on with the story, does not stop", "warm", 15)
+    d.box(90, 458, 450, 30, "… no chat: writes on, does not stop", "warm", 15)
     d.text(MARGIN, 514, "after", 15, BLUE, "start")
     d.box(90, 496, 450, 30, "Mia was in the garden.<|im_end|>", "sky", 15, mono=True)
 
@@ -433,7 +433,7 @@ def draw_experiment(d: Drawing) -> None:
     d.text(300, 476, "0", 16, bold=True)
     rows = [
         ("variant 1", 190, 170, 210, "better: interval below 0"),
-        ("variant 2", 320, 250, 390, "not shown"),
+        ("variant 2", 320, 250, 390, "no difference shown"),
     ]
     for i, (name, middle, low, high, words) in enumerate(rows):
         y = 376 + 56 * i
@@ -462,7 +462,7 @@ def draw_command(d: Drawing) -> None:
         MARGIN, 60, 520, 40, "tinylm pretrain my.yaml --train.max-steps 500", "white", 16, mono=True
     )
     d.arrow((200, 100), (200, 130))
-    d.box(60, 132, 280, 52, "cli (64): which command,\nwhich flags?", "soft", 16)
+    d.box(60, 132, 280, 52, "cli (69): which command,\nwhich flags?", "soft", 16)
     d.box(400, 132, 140, 52, "flags.json\nhelp, types", "gold", 15)
     d.arrow((400, 158), (342, 158))
     d.arrow((200, 184), (200, 214))
@@ -489,7 +489,7 @@ def draw_command(d: Drawing) -> None:
         382,
         280,
         66,
-        "commands (63)\nbuild the config,\ncheck every field",
+        "commands (68)\nbuild the config,\ncheck every field",
         "soft",
         15,
         bold=True,
