@@ -433,7 +433,7 @@ def draw_experiment(d: Drawing) -> None:
     d.text(300, 476, "0", 16, bold=True)
     rows = [
         ("variant 1", 190, 170, 210, "better: interval below 0"),
-        ("variant 2", 320, 250, 390, "no difference shown"),
+        ("variant 2", 320, 250, 390, "may be luck"),
     ]
     for i, (name, middle, low, high, words) in enumerate(rows):
         y = 376 + 56 * i
