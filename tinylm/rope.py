@@ -73,7 +73,7 @@ def apply_rope(
     signed_sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
     cos = cos.to(x.dtype).unsqueeze(-3)  # (1, T, d) or (B, 1, T, d)
     signed_sin = signed_sin.to(x.dtype).unsqueeze(-3)
-    return torch.addcmul(x * cos, x.roll(half, dims=-1), signed_sin)
+    return torch.addcmul(x * cos, x.roll(half, dims=-1), signed_sin)  # first + second * third
 
 # %% ../nbs/10_rope.ipynb #4a8a8141
 def scale_default(
