@@ -414,12 +414,12 @@ def config_to_hf(
     return _write_family(config, best)
 
 # %% ../nbs/18_checkpoints.ipynb #6bb398aa
-# Fields that a config.json in our words has only where they are set.
+# Fields that a config.json of our own has only where they are set.
 _RARE_FIELDS = ("mlp_only_layers", "rope_parameters", "layer_types", "block")
 
 
 def config_json(config: ModelConfig) -> dict:
-    """Return what `save_model` writes into config.json: the words of a family, or ours.
+    """Return what `save_model` writes into config.json: the fields of a family, or ours.
 
     Only families are used whose files have our tensors. A block of one's own is in none of them.
     """

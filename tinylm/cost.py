@@ -156,7 +156,7 @@ def flops_per_token(
     """Compute the work of all matrix products together."""
     return sum(flops_by_part(config, seq_len, block).values())
 
-
+# %% ../nbs/16_cost.ipynb #c58e534a
 def cache_bytes(
     config: ModelConfig,  # of the model
     batch_size: int,  # texts at a time

@@ -64,7 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_p = F.linear(h, w).to(exact).log_softmax(-1)
             loss -= log_p.gather(1, y).masked_fill(~valid, 0.0).sum()
 
-            # Their gradients, from p - e_y, written over the log-probabilities.
+            # Their gradients, from p - e_y. It is written over log_p, to save memory.
             minus_one = torch.full_like(y, -1, dtype=exact)
             error = log_p.exp_().scatter_add_(1, y, minus_one).to(dtype)
             grad_h.copy_((error @ w) * valid)

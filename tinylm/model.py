@@ -78,7 +78,7 @@ class VariantFields:
     # "module:Class" of a block of your own; a name only, it is never imported from a file
     block: str = ""
 
-# %% ../nbs/15_model.ipynb #148ec371
+
 @dataclass(frozen=True)
 class OptionalParts:
     """Sizes of latent attention (if `kv_lora_rank` is given) and experts (if `num_experts` is)."""
@@ -213,7 +213,7 @@ class ModelConfig(OptionalParts, VariantFields, CoreFields):
         _check_rotation(self)
 
     def derived(self) -> dict:
-        """Return the sizes that may be None, as given, or as they follow; of the parts in use."""
+        """Return the sizes that may be None: as given, or computed from the others."""
         H = self.num_attention_heads
         sizes = {
             "num_key_value_heads": self.num_key_value_heads or H,
@@ -303,15 +303,15 @@ class Block(nn.Module):
         self.mlp = self.make_mlp(config)
 
     def make_norm(self, config: ModelConfig) -> nn.Module:
-        """Make a norm: override for another.
+        """Make a norm: override this method for another kind.
 
-        The last layer's also makes the norm of the model's output.
+        The last block also makes the model's last norm.
         """
         norm = nn.LayerNorm if config.layer_norm else RMSNorm
         return norm(config.hidden_size, eps=config.rms_norm_eps)
 
     def make_attention(self, config: ModelConfig) -> nn.Module:
-        """Make the attention: override for another."""
+        """Make the attention: override this method for another kind."""
         config = config.resolved()
         if config.kv_lora_rank:
             return _latent_attention(config, config.kv_lora_rank, self.layer_idx)
@@ -331,7 +331,7 @@ class Block(nn.Module):
         )
 
     def make_mlp(self, config: ModelConfig) -> nn.Module:
-        """Make the feed-forward, experts or one for all tokens: override for another."""
+        """Make the feed-forward layer, or experts: override this method for another kind."""
         sizes = config.derived()
         if config.has_experts(self.layer_idx):
             settings = {entry.name: getattr(config, entry.name) for entry in fields(Router)}
@@ -524,7 +524,7 @@ class TinyLM(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self.init_weights)
 
-        # What writes into the residual stream starts smaller: the stream is a sum of 2L of these.
+        # Matrices that write into the residual stream start smaller: it is a sum of 2L outputs.
         factor = (2 * config.num_hidden_layers) ** -0.5
         for name, weight in self.named_parameters():
             if name.removesuffix(".weight").endswith(("o_proj", "down_proj")):
@@ -583,9 +583,9 @@ class TinyLM(nn.Module):
         total = linear_cross_entropy(x, self.lm_head.weight, targets)
         count = (targets != IGNORE_INDEX).sum()
 
-        # The mean loss of a step shall hold the balancing losses once. They are means over tokens,
-        # so a part of the step counts by its tokens, and the factor turns tokens into the targets
-        # that the sum is divided by.
+        # Experts have balancing losses, which are means over tokens. The caller divides the total
+        # by the number of targets, so multiply them by that number first. If this batch is one
+        # part of a step, it counts by its share of the tokens.
         config = self.config
         if config.num_experts and self.training:
             weight = count

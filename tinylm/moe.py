@@ -60,7 +60,7 @@ class Routing(NamedTuple):
     logits: Tensor  # (..., E)
     scores: Tensor  # (..., E)
     experts: Tensor  # (..., k) the chosen experts
-    weights: Tensor  # (..., k) the weights of their answers
+    weights: Tensor  # (..., k) the weights of their outputs
 
 
 def best_groups(
@@ -68,9 +68,9 @@ def best_groups(
     n_group: int,  # groups, one after the other, all of one size
     topk_group: int,  # groups that stay
 ) -> Tensor:  # (..., E)
-    """Put -inf outside the groups whose two best experts are best.
+    """Keep the scores in the best groups, and put -inf elsewhere.
 
-    DeepSeek-V3, section 2.1.2.
+    A group is rated by its two best experts (DeepSeek-V3, section 2.1.2).
     """
     if n_group == 1:
         return scores
@@ -152,13 +152,13 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x, self.weight.to(x.dtype))  # (..., E)
 
-        # Choose. The selection bias has a say in the choice only.
+        # Choose. The selection bias is used in the choice only, not in the weights.
         scores = SCORES[self.scoring_func](logits)
         popular = scores.detach() + self.e_score_correction_bias
         popular = best_groups(popular, self.n_group, self.topk_group)
         experts = popular.topk(self.num_experts_per_tok, -1).indices  # (..., k)
 
-        # Weigh the answers.
+        # The weights of the outputs.
         weights = scores.gather(-1, experts)
         if self.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -185,14 +185,14 @@ class Experts(nn.Module):
         self,
         x: Tensor,  # (N, D) one vector for each token
         experts: Tensor,  # (N, k) the experts chosen for it
-        weights: Tensor,  # (N, k) the weights of their answers
+        weights: Tensor,  # (N, k) the weights of their outputs
     ) -> Tensor:  # (N, D)
-        """Add up the weighted answers of the chosen experts; no token is dropped."""
+        """Add up the weighted outputs of the chosen experts; no token is dropped."""
         device, dtype = x.device, x.dtype
         if torch.is_autocast_enabled(device.type):  # `grouped_mm` ignores autocast
             dtype = torch.get_autocast_dtype(device.type)
 
-        # Sort the (token, expert) pairs by expert, so that each expert has a stretch of rows.
+        # Sort the (token, expert) pairs by expert, so that each expert has a slice of rows.
         expert, order = experts.flatten().sort(stable=True)  # (N * k,)
         every_expert = torch.arange(len(self.down_proj), device=device)
         stops = torch.searchsorted(expert, every_expert, right=True, out_int32=True)  # (E,)
@@ -204,11 +204,11 @@ class Experts(nn.Module):
         # SwiGLU.
         gate_up = grouped_linear(rows, self.gate_up_proj.to(dtype), stops)  # (N * k, 2F)
         gate, up = gate_up.chunk(2, -1)
-        answers = grouped_linear(F.silu(gate) * up, self.down_proj.to(dtype), stops)  # (N * k, D)
+        outputs = grouped_linear(F.silu(gate) * up, self.down_proj.to(dtype), stops)  # (N * k, D)
 
-        # Weigh the answers, and add those of each token.
-        answers = answers * weights.flatten()[order, None].to(dtype)
-        return torch.zeros_like(x, dtype=dtype).index_add(0, token, answers)
+        # Multiply the outputs by their weights, and add those of each token.
+        outputs = outputs * weights.flatten()[order, None].to(dtype)
+        return torch.zeros_like(x, dtype=dtype).index_add(0, token, outputs)
 
 # %% ../nbs/14_moe.ipynb #bae0bea1
 class MoE(nn.Module):
@@ -240,7 +240,7 @@ class MoE(nn.Module):
         x: Tensor,  # (B, T, D)
         token_mask: Tensor | None = None,  # (B, T) True: it counts in `moe_losses` and `load`
     ) -> Tensor:  # (B, T, D)
-        """Answer each vector on its own."""
+        """Transform each vector on its own."""
         sizes = x.shape[:2]
         mask = x.new_ones(sizes).bool() if token_mask is None else token_mask.bool()
         if mask.shape != sizes:
