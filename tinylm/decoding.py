@@ -34,9 +34,7 @@ def longer_texts(
     scores: Tensor,  # (n,) their log-probabilities
     logits: Tensor,  # (n, V) for the next token of each
     count: int,  # texts to return
-) -> tuple[
-    Tensor, Tensor, Tensor
-]:  # (count, S + 1) texts, their scores, and the rows they continue
+) -> tuple[Tensor, Tensor, Tensor]:  # (count, S + 1) texts, scores, rows they continue
     """Continue each text by every token, and return the `count` most likely."""
     V = logits.shape[-1]
     totals = (scores[:, None] + logits.log_softmax(-1)).flatten()
@@ -82,7 +80,8 @@ def beam_search(
 
     with evaluation_mode(model):
         for length in range(1, max_new_tokens + 1):
-            # With so many candidates, n go on even if n end with each end token.
+            # In the worst case each beam ends once with each end token; n texts that do not end
+            # are left even then.
             logits = next_logits(model, text, cache)
             candidates = (1 + len(end_ids)) * num_beams
             text, scores, rows = longer_texts(text, scores, logits, candidates)
@@ -102,7 +101,8 @@ def beam_search(
             scores = scores[beams_at]
             cache.reorder(rows[beams_at])
 
-            # Stop when no beam can still get into the list, at any length.
+            # Stop when no beam can still get into the list. With a penalty above 0, the same
+            # log-probability gives the best score at the greatest length.
             longest = max_new_tokens if length_penalty > 0 else length + 1
             best_possible = scores[0] / longest**length_penalty
             if len(finished) == num_beams and finished[-1][1] >= best_possible:
@@ -112,19 +112,19 @@ def beam_search(
 # %% ../nbs/22_decoding.ipynb #26c57345
 def accept_or_replace(
     draft_tokens: Tensor,  # (γ,) that the draft drew from q
-    p: Tensor,  # (γ + 1, V) the target's probabilities, at each draft token and behind the last
+    p: Tensor,  # (γ + 1, V) the target's probabilities, at each draft token and after the last
     q: Tensor,  # (γ, V) the draft's probabilities
     accept_noise: Tensor,  # (γ,) or longer, uniform: is a draft token accepted
     draw_noise: Tensor,  # (γ + 1,) or longer, uniform: which token follows the accepted ones
 ) -> list[int]:  # the accepted draft tokens, and one token more
     """Choose tokens with distribution p (Leviathan et al. 2023, algorithm 1)."""
-    # A draft token is accepted with probability min(1, p / q); all after a rejected one go.
+    # Accept each draft token with probability min(1, p / q), up to the first rejected one.
     p_of_token = p[:-1].gather(1, draft_tokens[:, None])[:, 0]
     q_of_token = q.gather(1, draft_tokens[:, None])[:, 0]
     is_accepted = accept_noise[: len(draft_tokens)] * q_of_token < p_of_token
     n = int(is_accepted.cumprod(0).sum())
 
-    # The next token is drawn from max(0, p - q); behind the last draft token q is 0.
+    # The next token is drawn from max(0, p - q); after the last draft token q is 0.
     q_or_zero = nn.functional.pad(q, (0, 0, 0, 1))
     missing = (p[n] - q_or_zero[n]).clamp(min=0)
     next_token = sample(missing.log()[None], draw_noise[n : n + 1])
@@ -207,7 +207,8 @@ def speculative_steps(
 
     with evaluation_mode(model), evaluation_mode(draft):
         while new < config.max_new_tokens and token not in end_ids:
-            # The draft leaves the last token to the target, whose pass always adds one.
+            # Each pass of the target adds a token after the draft tokens. So near the end, the
+            # draft proposes one token fewer than there are places.
             round_noise = draft_noise[new:-1][:num_draft_tokens]
             drafted, q = _draft_ahead(draft, text, draft_cache, round_noise, config, process)
             draft_tokens = drafted[0, S + new :]

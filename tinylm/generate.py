@@ -29,7 +29,7 @@ def sample(logits: Tensor, uniform: Tensor) -> Tensor:
 
     The cumulative distribution is inverted.
     """
-    # NaN and +inf spread to the largest logit; it is -inf if all tokens are forbidden.
+    # The largest logit is NaN or inf if any logit is; it is -inf if no token may be drawn.
     possible = logits.amax(-1).isfinite()
     if not possible.all():
         row = possible.int().argmin()
@@ -43,12 +43,13 @@ def sample(logits: Tensor, uniform: Tensor) -> Tensor:
 
 def uniform_noise(
     seed: int,  # of the whole batch
-    rows: int,  # B; each row has a random stream of its own
+    rows: int,  # B; each row has random numbers of its own
     count: int,  # numbers for each row
 ) -> Tensor:  # (count, B) numbers in [0, 1), made on the CPU for every device
     """Draw uniform noise; a row's numbers do not depend on the number of rows."""
     streams = []
     for row in range(rows):
+        # Mix seed and row into the seed of this row.
         row_seed = int(np.random.SeedSequence([seed, row]).generate_state(1)[0])
         generator = torch.Generator().manual_seed(row_seed)
         streams.append(torch.rand(count, generator=generator))
@@ -58,7 +59,7 @@ def uniform_noise(
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
     """Divide the logits by the temperature.
 
-    At 0 the limit: all probability on the first of the largest logits.
+    Temperature 0 is the limit: the first of the largest logits gets all the probability.
     """
     if temperature == 0:
         best = logits.argmax(-1, keepdim=True)
@@ -82,7 +83,7 @@ def apply_top_p(logits: Tensor, top_p: float) -> Tensor:
 
     Holtzman et al. 2020, section 3.1.
     """
-    # In ascending order the small probabilities are summed first, and precisely.
+    # Sort so that the smallest probabilities are summed first: this is the most precise way.
     ordered, indices = logits.sort(-1)
     removed_in_order = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
     removed_in_order[:, -1] = False  # the most likely token always stays
@@ -128,7 +129,7 @@ class SamplingConfig:
 
 def process_logits(
     logits: Tensor,  # (B, V)
-    previous_ids: Tensor,  # (B, S) the text so far; below 0: an empty place
+    previous_ids: Tensor,  # (B, S) the text so far; below 0: padding
     config: SamplingConfig,  # which rules, and how strong
 ) -> Tensor:  # (B, V) logits to draw from
     """Apply the rules that change something, in the order of `transformers`."""
@@ -156,7 +157,7 @@ def apply_min_p(logits: Tensor, min_p: float) -> Tensor:
 
 def apply_repetition_penalty(
     logits: Tensor,  # (B, V)
-    previous_ids: Tensor,  # (B, S) the text so far; below 0: an empty place
+    previous_ids: Tensor,  # (B, S) the text so far; below 0: padding
     penalty: float,  # above 1: tokens of the text become less likely; 1: nothing changes
 ) -> Tensor:  # (B, V)
     """Make the tokens of the text so far less likely.
@@ -196,7 +197,7 @@ def start(
 ) -> tuple[Tensor, KVCache]:  # (B, S) padded prompts, and an empty cache for the whole texts
     """Check and pad prompts, and make a cache that fits them.
 
-    Layers whose window is shorter than the texts get rings.
+    Layers whose window is shorter than the texts get less memory, see `SlidingCache`.
     """
     text = pad_prompts(prompts)
     config = model.config
@@ -230,7 +231,7 @@ def start(
 @torch.no_grad()
 def next_logits(
     model: TinyLM,  # in evaluation mode
-    text: Tensor,  # (B, S) ids; below 0: an empty place
+    text: Tensor,  # (B, S) ids; below 0: padding
     cache: KVCache,  # what was read before; the rest of the text is read now
     count: int = 1,  # positions at the end of the text whose logits are wanted
 ) -> Tensor:  # (B * count, V) float32 logits
@@ -254,7 +255,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-EndTokens = int | Collection[int] | None  # ids of tokens that end a text; None: left to others
+EndTokens = int | Collection[int] | None  # ids of tokens that end a text; None: not chosen here
 
 
 def choose_end_tokens(
@@ -319,11 +320,9 @@ def _settled(
     text: str,  # what was decoded so far
     stop_strings: Sequence[str],  # the text ends before one of these
     is_last: bool = False,  # nothing follows
-) -> tuple[
-    int, bool
-]:  # how many characters no later token can change; do they end at a stop string
+) -> tuple[int, bool]:  # length of the settled part; does it end at a stop string
     """Find the part of a text that is settled."""
-    # Of the stop strings in the text, the one that is complete first counts.
+    # If there are several stop strings, the text ends at the one whose end comes first.
     matches = []
     for stop in stop_strings:
         begin = text.find(stop)

@@ -295,9 +295,11 @@ class Int8Store(FullStore):
         scale = largest.contiguous() / 127
         rounded = (new / scale).round().to(torch.int8)
 
-        # The four bytes of the scale lie behind the numbers.
+        # Append the four bytes of the scale, a float32 number, to the bytes of the vector.
         packed = torch.cat((rounded, scale.view(torch.int8)), -1)
         all_packed = super()._write(memory, packed, past)
+
+        # Take all vectors apart again, and multiply them by their scales.
         all_rounded = all_packed[..., :-4]
         all_scales = all_packed[..., -4:].contiguous().view(torch.float32)
         return (all_rounded * all_scales).to(new.dtype)

@@ -24,6 +24,9 @@ from torch.nn.utils import parametrize
 from .basics import FieldError, check_fields
 
 # %% ../nbs/19_lora.ipynb #e448ccf2
+_Names = tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """Which weights are adapted, and how; fields are named as in `peft`."""
@@ -31,12 +34,8 @@ class LoraConfig:
     r: int = 8  # rank of an update; 0: no adapter, where one is optional
     lora_alpha: float = 16  # an update is multiplied by lora_alpha / r
     lora_dropout: float = 0.0  # share of an update's inputs dropped in training
-    target_modules: tuple[str, ...] | str = (
-        ".*_proj.*"  # linear layers: ends of names, or a pattern
-    )
-    target_parameters: tuple[
-        str, ...
-    ] = ()  # ends of names of other weights, such as packed experts
+    target_modules: _Names | str = ".*_proj.*"  # linear layers: ends of names, or a pattern
+    target_parameters: _Names = ()  # ends of names of other weights, such as packed experts
     use_rslora: bool = False  # multiply by lora_alpha / sqrt(r) (Kalajdzievski 2023)
     use_dora: bool = False  # learn lengths and directions of rows apart (Liu et al. 2024)
     init_lora_weights: bool | str = (
@@ -139,6 +138,7 @@ class LoRA(nn.ModuleDict):
 
 def _adapters_of(module: nn.Module, parameter: str) -> tuple[LoRA, Tensor]:
     """Return the adapters of a parameter, and the parameter without them."""
+    # PyTorch keeps a list of parametrizations, here with one entry, and the original parameter.
     adapted = module.get_submodule(f"parametrizations.{parameter}")
     adapted = cast(parametrize.ParametrizationList, adapted)
     return cast(LoRA, adapted[0]), adapted.original
@@ -171,6 +171,7 @@ class LoRALinear(SharedLinear):
 
     def plain(self) -> nn.Linear:
         """Return a plain linear layer with the same weight and bias."""
+        # On the device "meta" a layer takes no memory; then it gets our weight and bias.
         has_bias = self.bias is not None
         layer = nn.Linear(self.in_features, self.out_features, has_bias, device="meta")
         layer.weight = self.weight
@@ -184,7 +185,7 @@ class LoRALinear(SharedLinear):
         if update is None:
             return y
 
-        # DoRA needs the written-out weight anyway, for the lengths of its rows.
+        # DoRA needs the whole changed weight anyway, for the lengths of its rows.
         x = nn.functional.dropout(x, update.config.lora_dropout, self.training)
         if update.config.use_dora:
             return y + x @ (self.weight - weight).T
@@ -266,7 +267,7 @@ def _adapted_weights(model: nn.Module, name: str | None = None) -> dict[str, LoR
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
-    """Make this adapter the active one: it counts and trains, and no other does."""
+    """Make this adapter the active one: the model uses and trains it, and no other."""
     for lora in _adapted_weights(model, name).values():
         lora.active = name
         for other, update in lora.items():
@@ -274,7 +275,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
 
 
 def _attach(model: nn.Module, weight_name: str, lora: LoRA) -> None:
-    """Register adapters, so that everyone who reads this weight gets it adapted."""
+    """Register adapters, so that all code that reads this weight gets the changed one."""
     path, _, parameter = weight_name.rpartition(".")
     module = model.get_submodule(path)
     if isinstance(module, nn.Linear) and path:
@@ -288,7 +289,7 @@ def _tensors_in_file(updates: dict[str, LoRAUpdate]) -> dict[str, nn.Parameter]:
     paths = [weight_name.rpartition(".")[0] for weight_name in updates]
     tensors = {}
     for i, (path, update) in enumerate(zip(paths, updates.values())):
-        # Of two weights of one module, the last is outermost.
+        # `peft` wraps a module once for each of its adapted weights; the last is outermost.
         wrappers_outside = paths[i + 1 :].count(path)
         place = f"base_model.model.{path}" + ".base_layer" * wrappers_outside
         for name, tensor in update.named_parameters():
@@ -406,8 +407,8 @@ def _config_for_peft(model: nn.Module, updates: dict[str, LoRAUpdate]) -> dict[s
     """Return the entries of adapter_config.json so that `peft` finds the same weights.
 
     A pattern could fit other names there (`c_proj` of GPT-2), so the adapted layers are listed.
-    And where experts are packed, `peft` takes the names of an expert's matrices for these, also
-    where a dense layer has them; it finds such a layer by the name of its weight.
+    In a model with packed experts, `peft` takes a name such as `up_proj` for the packed weight of
+    the experts, even if a dense layer is meant. So such a layer is named by its weight instead.
     """
     config = next(iter(updates.values())).config
     entries = asdict(config)
