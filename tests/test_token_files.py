@@ -72,7 +72,7 @@ def test_a_killed_writer_leaves_no_folder_of_that_name(tmp_path):
     command = [sys.executable, "-c", KILLED, target]
     assert subprocess.run(command, cwd=tmp_path, env=environment).returncode == 9
     assert [path.name[:9] for path in tmp_path.iterdir()] == [".writing-"]
-    with pytest.raises(ValueError, match="no whole token file"):
+    with pytest.raises(ValueError, match="not a complete token file"):
         TokenFile(target)
     write_tokens(DOCUMENTS, target, 8)
     assert not [*tmp_path.glob(".*")]
@@ -84,7 +84,7 @@ def test_a_longer_file_is_noticed(tmp_path, damage):
     file = write_tokens([[0, 1, 0]], tmp_path / "tokens", 8)
     with open(file.folder / "tokens.bin", "ab") as damaged:
         damaged.write(damage)
-    with pytest.raises(ValueError, match="no whole token file"):
+    with pytest.raises(ValueError, match="not a complete token file"):
         TokenFile(file.folder)
 
 
@@ -94,5 +94,5 @@ def test_a_file_with_other_content_is_noticed(tmp_path, name, content):
     """Each of the three files may be damaged."""
     file = write_tokens(DOCUMENTS, tmp_path / "tokens", 8)
     (file.folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match="no whole token file"):
+    with pytest.raises(ValueError, match="not a complete token file"):
         TokenFile(file.folder)

@@ -25,7 +25,7 @@ class WeightedTable(NamedTuple):
     """Options that are not equally likely, as made by `weighted`."""
 
     options: list
-    cumulative: list[float]  # probability of each option and those before it; all but the last
+    cumulative: list[float]  # sums of the probabilities up to each option, without the last: 1
     nats: list[float]  # -log(probability) of each option
 
 
@@ -38,10 +38,10 @@ class Voice:
         self.pieces: list[tuple[str, str]] = []  # (kind, text)
 
     def toss(self, n: int, cumulative: list[float] | None = None) -> int:
-        """Draw the number of an option: the only place that uses chance."""
+        """Draw the index of an option: the only place that uses chance."""
         if cumulative is None:
             return int(self.random() * n)
-        return bisect(cumulative, self.random())
+        return bisect(cumulative, self.random())  # how many of the sums are not larger
 
     def choose(self, options: Sequence):
         """Choose one of some equally likely options."""
@@ -61,8 +61,8 @@ class Voice:
     def pick(self, options: Sequence[str], kind_if_single: str = "tracked") -> str:
         """Choose a word and say it.
 
-        The piece is free, but a word without an alternative follows from the story: it is
-        tracked, or of another kind if the caller says so.
+        With two or more options the piece is free. With a single option it is of the kind
+        `kind_if_single`.
         """
         word = self.choose(options)
         kind = "free" if len(options) > 1 else kind_if_single
@@ -160,7 +160,7 @@ class World(Voice):
         self.place = ""
         self.number = ""
         self.noun = ""  # what is counted, in the plural
-        self.lists: dict[str, list[str]] = {}  # what this sentence can draw from
+        self.lists: dict[str, list[str]] = {}  # options of the slots, by list
 
         # What was said before.
         self.topic = ""  # who acted in the last sentence
@@ -644,7 +644,7 @@ FORMS = {table: compile_forms(lines) for table, lines in GRAMMAR.items()}
 # %% ../nbs/30_corpus.ipynb #7e45fe0e
 @cache
 def applicable(table: str, filled_lists: frozenset[str]) -> WeightedTable:
-    """List the forms that need no other lists than these."""
+    """Make the table of the forms that need none but these lists."""
     forms = [form for form in FORMS[table] if form.needs <= filled_lists]
     return weighted([(form.weight, form) for form in forms])
 
@@ -775,7 +775,8 @@ class Story:
 
 def _add_details(story: Story, teller: Teller) -> None:
     """Add the spans and the questions of a story, as the teller recorded them."""
-    # Where each piece begins in the text, which leaves out the space before the first word.
+    # Where each piece begins and ends. The text lacks the space before the first word,
+    # so every border but the first moves one to the left.
     lengths = [len(text) for _, text in teller.pieces]
     borders = [max(border - 1, 0) for border in accumulate(lengths, initial=0)]
 

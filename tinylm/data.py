@@ -45,8 +45,9 @@ def best_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
     row_of_piece = []
     for n in lengths.tolist():
         # The fullest row with room for n is the lowest bit from n on.
-        fitting = rooms >> n << n
-        room = (fitting & -fitting).bit_length() - 1
+        fitting = rooms >> n << n  # the bits below n are now 0
+        lowest = fitting & -fitting  # this bit alone
+        room = lowest.bit_length() - 1
         row = rows_with[room].pop()
         row_of_piece.append(row)
 
@@ -70,7 +71,7 @@ def cut(
     targets = tokens - 1 + shifts
     pieces = -(-targets // (seq_len - 1))  # rounded up
 
-    # For each piece its document, and its number within that.
+    # For each piece: its document, and its number within that document (0, 1, ...).
     document = np.repeat(np.arange(len(tokens)), pieces)
     first_piece = np.repeat(np.cumsum(pieces) - pieces, pieces)
     number = np.arange(len(document)) - first_piece
@@ -155,7 +156,7 @@ class BatchSource(Protocol):
 
 @dataclass(eq=False)
 class Batches:
-    """Batches of whole documents; rank r of w gets rows r, r + w, ... of each."""
+    """Batches of whole documents; rank r of w gets rows r, r + w, ... of each batch."""
 
     file: TokenSource = field(repr=False)
     seq_len: int  # T, tokens of a row
@@ -238,12 +239,12 @@ class TokenFile:
         try:
             self._open()
         except (OSError, ValueError, TypeError, LookupError, EOFError) as error:
-            remedy = "remove it and make it anew"
+            remedy = "delete it and write it again"
             raise ValueError(
-                f"{self.folder} holds no whole token file; {remedy} ({error})"
+                f"{self.folder} is not a complete token file; {remedy} ({error})"
             ) from None
 
-        # All tokens are predicted but the first of each document.
+        # All tokens are predicted except the first of each document.
         self.num_targets = len(self.ids) - len(self)
 
     def _open(self) -> None:

@@ -94,7 +94,7 @@ def find_files(root: Path) -> tuple[str, dict[str, list[str]]]:
 
 
 def _split_of(name: str) -> str:
-    """Return the split that the last telling word of a path names; train if there is none."""
+    """Return the split that the last such word of a path names; train if there is none."""
     words = re.findall("/(train|validation|valid|val|dev|test)(?![a-z])", name)
     word = words[-1] if words else "train"
     return word if word in ("train", "test") else "validation"
@@ -175,14 +175,14 @@ READERS: dict[str, Callable[[str], Iterator]] = {
 
 
 class LocalSplit:
-    """The records of some files of one kind; each pass over them reads the files anew."""
+    """The records of some files of one kind; each pass reads the files again."""
 
     def __init__(self, kind: str, files: list[str]):
         self.kind = kind
         self.files = files
 
     def __iter__(self) -> Iterator[tuple[str, int, dict]]:
-        """Yield each record behind its file and its number in it."""
+        """Yield (file, number of the record in it, record)."""
         for file in self.files:
             with path_errors(file):
                 for number, record in enumerate(READERS[self.kind](file), start=1):
@@ -198,7 +198,7 @@ class LocalSplit:
         return record
 
 # %% ../nbs/32_files.ipynb #fi32open
-# A name that ends like this is that of a file, not of a dataset of the hub.
+# A name with one of these endings is a file, not a dataset of the hub.
 FILE_SUFFIXES = {
     *BUILDERS,
     *(".arrow", ".csv", ".gz", ".html", ".md", ".tar", ".text", ".tsv", ".xml", ".zip", ".zst"),
@@ -222,7 +222,7 @@ def open_hub(config: DataConfig) -> dict:
     """Open the splits of a dataset of the hub, as `datasets` does."""
     import datasets
 
-    # What goes wrong is raised, in one line, so the libraries need not report it as well.
+    # Errors are raised here in one line, so the libraries need not print them as well.
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
@@ -241,7 +241,7 @@ def open_hub(config: DataConfig) -> dict:
 
 # %% ../nbs/32_files.ipynb #0513c0c8
 def _records(dataset: Any, config: DataConfig) -> Iterator[tuple[str, int, dict]]:
-    """Yield each record of a split behind its file or dataset, and its number in it."""
+    """Yield (file or dataset, number of the record in it, record) of a split."""
     if isinstance(dataset, LocalSplit):
         yield from dataset
         return
@@ -272,13 +272,14 @@ def convert_records(
         yield from islice(converted(), config.max_documents)
 
 # %% ../nbs/32_files.ipynb #2a3bc2be
-MOST_HELD_OUT = 2000  # documents; more would hardly make validation more exact
+MOST_HELD_OUT = 2000  # documents; more would make validation little more exact
 
 
 def hold_out(documents: Documents, fraction: float) -> tuple[Documents, Documents]:
     """Hold out every 1/`fraction`-th document, beginning with the second.
 
-    Of a single text it is the end, from a new line on. Returns the rest and what is held out.
+    Of a single text, the end is held out, from the beginning of a line. Returns the rest,
+    and what is held out.
     """
     first_two = list(islice(documents(), 2))
     if len(first_two) == 1 and isinstance(first_two[0], Story):
@@ -307,7 +308,7 @@ def _cut_text(text: str, fraction: float) -> tuple[Documents, Documents]:
 
 # %% ../nbs/32_files.ipynb #bbce6fbf
 def read_splits(config: DataConfig, convert: Callable[[dict], Any]) -> tuple[Documents, Documents]:
-    """Return what to train on, and what to validate on, of local files or of a hub dataset.
+    """Return the documents to train on and to validate on, from files or a hub dataset.
 
     `convert` makes a document of each record, or None to leave it out.
     """
@@ -339,7 +340,7 @@ def read_splits(config: DataConfig, convert: Callable[[dict], Any]) -> tuple[Doc
 
 
 def load_documents(config: DataConfig) -> tuple[Documents, Documents]:
-    """Return what to train on, and what to validate on: stories, or texts of `config.path`."""
+    """Return the documents to train on and to validate on: stories, or those of `config.path`."""
     if config.path is None:
         return _story_documents(config)
 

@@ -18,7 +18,7 @@ from .corpus import Story, Teller
 
 # %% ../nbs/34_floor.ipynb #3824472f
 class Mismatch(Exception):
-    """The story has left the given text."""
+    """The story differs from the given text."""
 
 
 class Replayer(Teller):
@@ -39,7 +39,7 @@ class Replayer(Teller):
         self.matched = 0  # characters of the text that agree so far
 
     def toss(self, n: int, cumulative: list[float] | None = None) -> int:
-        """Take the next option of the script; past its end the first, the others later."""
+        """Take the next option of the script; past its end, the first, and note the others."""
         if self.tossed == len(self.script):
             for other in range(1, n):
                 self.todo.append([*self.script, other])
@@ -86,8 +86,8 @@ def surprisal(text: str, split: str = "train") -> list[float]:
 
     They add up to the nats of the story.
     """
-    # The probability of the branches that reach so many characters and no more; a branch that
-    # also ends where the text ends has gone one step further.
+    # mass[k] is the probability of the branches that agree for k characters and no more. The
+    # last entry is for branches that agree everywhere and also end where the text ends.
     mass = [0.0] * (len(text) + 2)
     for branch in explore(text, split):
         reached = branch.matched + 1 if branch.complete else branch.matched
@@ -100,8 +100,8 @@ def surprisal(text: str, split: str = "train") -> list[float]:
         problem = f"text is no story of the split {split!r}: none goes on like {shown!r}"
         raise ValueError(f"{problem}; use a story's text")
 
-    # The probability of the branches that are alive at each character is that of all that reach
-    # it; a character's nats are the log of what its reading takes away.
+    # Alive at a character are all branches that agree for so many characters or more.
+    # A character costs the log of the ratio of the sums before and after it.
     alive = list(accumulate(reversed(mass)))[::-1]
     return [math.log(before / after) for before, after in pairwise(alive)]
 

@@ -127,7 +127,7 @@ class Muon(torch.optim.Optimizer):
 # %% ../nbs/40_optim.ipynb #97460787
 Schedule = Callable[[float, "OptimConfig"], float]
 SCHEDULES: dict[str, Schedule] = {}  # `train.schedule` is one of these names
-RISING_SCHEDULES = {"one_cycle"}  # these warm up by themselves; `warmup_steps` is not for them
+RISING_SCHEDULES = {"one_cycle"}  # these have a warm-up of their own and ignore `warmup_steps`
 
 
 def register_schedule(function: Schedule) -> Schedule:
@@ -346,7 +346,7 @@ def group_settings(optimizer: torch.optim.Optimizer) -> list[dict]:
 
 
 def optimizer_state(
-    optimizer: torch.optim.Optimizer,  # with its state in this moment
+    optimizer: torch.optim.Optimizer,  # its state is copied as it is now
     start: list[dict],  # its `group_settings` when it was made
 ) -> dict:
     """Collect all that an optimizer remembers, whole and on the CPU."""

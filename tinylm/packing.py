@@ -19,7 +19,7 @@ from .model import TinyLM
 # %% ../nbs/35_packing.ipynb #6f6659ee
 @dataclass
 class PackedCheck:
-    """Documents that follow others in packed rows, and the same documents each alone in a row."""
+    """Losses of some documents behind others in packed rows, and of each alone in a row."""
 
     documents: int  # how many were compared; 0 if no row has two
     different: int  # how many of them have another loss on some token
@@ -28,7 +28,7 @@ class PackedCheck:
 
     @property
     def equal(self) -> bool:
-        """Return whether most documents are the same both ways; rounding may change a few."""
+        """Return whether most losses are the same both ways; rounding may change a few."""
         return self.documents == 0 or 2 * self.different < self.documents
 
     @property
