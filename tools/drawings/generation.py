@@ -318,6 +318,6 @@ def draw_beams(d: Drawing) -> None:
         MARGIN,
         536,
         "The best text of two tokens begins with ␣Sam, although ␣Mia was\n"
-        "the more likely first token: always taking the best one would miss it.",
+        "the likelier first token: always taking the best one would miss it.",
         15,
     )
