@@ -268,7 +268,8 @@ _add(
         "each token's scores were divided by their sum. `routing` has a row for each of the B T "
         "tokens: `scores` is (B T, E), `experts` is (B T, k). Ignore `per_sequence`.",
         "`token_mask.flatten()` says which rows count. `torch.bincount` with `minlength=E` counts "
-        "the choices. Print `routing` in your test to see its fields.",
+        "the choices. In your test, name the fields: `Routing(scores=..., weights=..., "
+        "experts=..., logits=...)`. Only `scores` and `experts` matter here.",
         _check_balancing,
         {"padding is balanced": padding_counts},
     )
