@@ -102,6 +102,10 @@ def write_folder(
     """
     draft = folder.with_name(f".{folder.name}")
     old = folder.with_name(f".{folder.name}.old")
+
+    # A process that was killed between the two renames below left only the old folder.
+    if old.is_dir() and not folder.exists():
+        os.replace(old, folder)
     shutil.rmtree(draft, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -144,7 +148,7 @@ def draft_folder(parent: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
-
+# %% ../nbs/09_basics.ipynb #39a241c4
 @contextmanager
 def write_errors(
     folder: Path,  # what is written

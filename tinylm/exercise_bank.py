@@ -35,6 +35,7 @@ class Exercise:
     hint: str  # what helps
     check: Callable[[Callable], None]  # raises AssertionError if a function is wrong
     bugs: dict[str, Callable]  # wrong functions of the same signature, by the names of the zoo
+    not_imported: tuple[str, ...] = ()  # names the library's function uses, and the reader need not
 
     @property
     def name(self) -> str:
@@ -140,7 +141,7 @@ _add(
     )
 )
 
-
+# %% ../nbs/66_exercise_bank.ipynb #ea8f4e78
 def _check_document_mask(document_mask: Callable) -> None:
     mask = document_mask(torch.tensor([[0, 0, 1], [4, 5, 5]]))
     assert mask.shape == (2, 1, 3, 3), f"the shape is {tuple(mask.shape)}, not (2, 1, 3, 3)"
@@ -159,7 +160,8 @@ _add(
     Exercise(
         document_mask,
         "11_attention",
-        "True where both positions belong to the same document.",
+        "Make the mask of packed documents. It is True where both positions belong to the same "
+        "document, whichever comes first.",
         "Compare `document_ids[:, :, None]` with `document_ids[:, None, :]`.",
         _check_document_mask,
         {"packed documents see each other": all_of_one},
@@ -206,11 +208,14 @@ _add(
     Exercise(
         attend,
         "11_attention",
-        "Compute softmax(q k^T / sqrt(d)) v with a mask. H/K query heads share a key/value head.",
+        "Compute softmax(q k^T / sqrt(d)) v with a mask. H/K query heads share a key/value head. "
+        "Use plain matrix products, not `scaled_dot_product_attention`. You need no blocks: make "
+        "the weights of all T queries and S keys at once. `dropout_p` may be ignored.",
         "`repeat_interleave` on the head axis gives each query head its keys. A hidden score is "
         "minus infinity before the softmax. Without a mask, attention is causal.",
         _check_attend,
         {"shared heads in the wrong order": wrong_heads},
+        not_imported=("SHORT", "attend_at_once"),
     )
 )
 
@@ -224,14 +229,24 @@ def _check_balancing(load_balancing_loss: Callable) -> None:
     f = torch.tensor([0.5, 0.5])
     P = scores.mean(0)
     loss = load_balancing_loss(routing, everything)
-    assert torch.isclose(loss, 2 * (f * P).sum()), f"four tokens: {loss:.4f} is not E sum f P"
+    expected = 2 * (f * P).sum()
+    assert torch.isclose(loss, expected), f"four tokens: {loss:.4f}, not {expected:.4f}"
 
     # Three of the four tokens count.
     three = torch.tensor([[True, True, True, False]])
     f = torch.tensor([2 / 3, 1 / 3])
     P = scores[:3].mean(0)
     loss = load_balancing_loss(routing, three)
-    assert torch.isclose(loss, 2 * (f * P).sum()), "a token that does not count has counted"
+    expected = 2 * (f * P).sum()
+    message = f"the first three of four tokens count: {loss:.4f}, not {expected:.4f}"
+    assert torch.isclose(loss, expected), message
+
+    # Two choices a token: the shares f add up to 2.
+    both = torch.tensor([[0, 1], [0, 1], [0, 1], [0, 1]])
+    routing = Routing(scores=scores, weights=scores, experts=both, logits=scores.log())
+    loss = load_balancing_loss(routing, everything)
+    message = f"each token chooses both experts: {loss:.4f}, not 2, because each f_e is 1"
+    assert torch.isclose(loss, torch.tensor(2.0)), message
 
 
 def padding_counts(
@@ -247,16 +262,20 @@ _add(
     Exercise(
         load_balancing_loss,
         "14_moe",
-        "E times the sum over experts of f_e (choices that fell on e, per token) times "
-        "P_e (its mean score), over the tokens that count.",
-        "Begin with `per_sequence=False`. `token_mask.flatten()` says which tokens count. "
-        "Scores are divided by their sum first.",
+        "Compute E times the sum over experts e of f_e P_e. Only tokens count where `token_mask` "
+        "is True. f_e is how many choices fell on expert e, divided by the number of tokens. With "
+        "k choices a token, all f_e together are k. P_e is the mean of the scores of e, after "
+        "each token's scores were divided by their sum. `routing` has a row for each of the B T "
+        "tokens: `scores` is (B T, E), `experts` is (B T, k). Ignore `per_sequence`.",
+        "`token_mask.flatten()` says which rows count. `torch.bincount` with `minlength=E` counts "
+        "the choices. In your test, name the fields: `Routing(scores=..., weights=..., "
+        "experts=..., logits=...)`. Only `scores` and `experts` matter here.",
         _check_balancing,
         {"padding is balanced": padding_counts},
     )
 )
 
-
+# %% ../nbs/66_exercise_bank.ipynb #4d035ea1
 def _check_shift_labels(shift_labels: Callable) -> None:
     targets = shift_labels(torch.tensor([[5, 6, 7], [8, -100, 9]]))
     expected = [[6, 7, -100], [-100, 9, -100]]
@@ -321,7 +340,7 @@ _add(
     )
 )
 
-
+# %% ../nbs/66_exercise_bank.ipynb #b936b116
 def _check_cut(cut: Callable) -> None:
     begins, lengths = cut(np.array([0, 3, 10]), 4)
     pieces = list(zip(np.asarray(begins).tolist(), np.asarray(lengths).tolist(), strict=True))
@@ -345,8 +364,9 @@ _add(
         cut,
         "31_data",
         "Cut documents of more than seq_len tokens into pieces that overlap by one token, "
-        "so that each token but a document's first is predicted once.",
-        "Begin with a loop over the documents, and leave `shift` at 0. "
+        "so that each token but a document's first is predicted once. Return where each piece "
+        "begins, and how many tokens it has. Ignore `shift`.",
+        "Begin with a loop over the documents; lists may be returned instead of arrays. "
         "Piece number n begins n * (seq_len - 1) tokens after its document does.",
         _check_cut,
         {"long documents lose their rest": rest_is_lost},
@@ -358,18 +378,14 @@ def _check_lr_factor(lr_factor: Callable) -> None:
     for warmup_steps in (0, 4, 10):
         config = OptimConfig(max_steps=100, warmup_steps=warmup_steps, schedule="cosine")
         factors = [lr_factor(step, config) for step in range(100)]
-        for step in range(warmup_steps):
-            expected = (step + 1) / (warmup_steps + 1)
-            message = f"warmup_steps={warmup_steps}, step {step}: {factors[step]:.3f}"
-            assert abs(factors[step] - expected) < 1e-9, message
-        message = f"warmup_steps={warmup_steps}: the peak is not at step {warmup_steps}"
-        assert abs(factors[warmup_steps] - 1) < 1e-9, message
-        assert abs(factors[99] - _library_factor(99, config)) < 1e-9, "the last step"
+        for step, factor in enumerate(factors):
+            expected = _library_factor(step, config)
+            message = f"warmup_steps={warmup_steps}, step {step}: {factor:.4f}, not {expected:.4f}"
+            assert abs(factor - expected) < 1e-9, message
 
 
 def _library_factor(step: int, config: OptimConfig) -> float:
-    """Compute what the library's own function gives."""
-    return lr_factor(step, config)
+    return lr_factor(step, config)  # in the check, the name belongs to the reader's function
 
 
 def one_in_twenty(step: int, config: OptimConfig) -> float:
@@ -381,16 +397,17 @@ _add(
     Exercise(
         lr_factor,
         "40_optim",
-        "Rise by equal steps during the warm-up: (step + 1) / (warmup_steps + 1). Then follow "
-        "the schedule, which gets the progress from 0 to 1 and whose 0 means min_lr_ratio.",
-        "`SCHEDULES[config.schedule](progress, config)` is the schedule. "
-        "Schedules in `RISING_SCHEDULES` take no warm-up.",
+        "Let w be `config.warmup_steps`. Before step w, return (step + 1) / (w + 1). From step w "
+        "on, compute the progress (step - w) / (max_steps - w). The schedule turns it into a "
+        "number s from 1 down to 0. Return m + (1 - m) s, where m is `config.min_lr_ratio`.",
+        "`SCHEDULES[config.schedule](progress, config)` is s. "
+        "A schedule in `RISING_SCHEDULES` has no warm-up: w is 0.",
         _check_lr_factor,
         {"a warm-up that nobody reads": one_in_twenty},
     )
 )
 
-
+# %% ../nbs/66_exercise_bank.ipynb #97e25367
 def _small_model() -> TinyLM:
     torch.manual_seed(0)
     return TinyLM(ModelConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1)).eval()

@@ -10,19 +10,26 @@ __all__ = ['stripped', 'imports_of', 'notebook_of', 'write_exercises', 'Grade', 
 import ast
 import inspect
 import json
+import linecache
+import re
 import textwrap
+import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import NamedTuple
 
 from .basics import note
 from .exercise_bank import EXERCISES, Exercise
 
 # %% ../nbs/67_exercises.ipynb #4b907103
+_WRITE_FUNCTION = "write this function"
+_WRITE_TEST = "write this test"
+
+
 def stripped(function: Callable, question: str) -> str:
     """Return the source of a function with a question in place of its body."""
     lines = inspect.getsource(function).splitlines()
@@ -31,7 +38,7 @@ def stripped(function: Callable, question: str) -> str:
     docstring = definition.body[0]  # every function of the library has one
     signature = lines[: docstring.end_lineno]
     comment = [f"    # {line}" for line in textwrap.wrap(question, 90)]
-    return "\n".join([*signature, *comment, '    raise NotImplementedError("write this function")'])
+    return "\n".join([*signature, *comment, f'    raise NotImplementedError("{_WRITE_FUNCTION}")'])
 
 # %% ../nbs/67_exercises.ipynb #33d05aff
 def imports_of(function: Callable) -> list[str]:
@@ -62,19 +69,25 @@ def notebook_of(exercise: Exercise) -> dict:
     name = exercise.name
     module = exercise.function.__module__
 
+    # What the reader's function and test need.
+    imports = {*imports_of(exercise.function), "import torch"}
+    for hidden in exercise.not_imported:
+        imports -= {line for line in imports if line.endswith(f" import {hidden}")}
+
     # Text that begins with # becomes prose, the rest code.
     bugs = len(exercise.bugs)
     wrong_ones = "a wrong one" if bugs == 1 else f"{bugs} wrong ones"
     cells = [
-        f"# {name}\n\nThe function is explained in the notebook {exercise.notebook} of tinylm.\n\n"
-        f"**Your task.** {exercise.question}\n\n"
-        f"<details><summary>Hint</summary>\n\n{exercise.hint}\n\n</details>",
-        "\n".join([*imports_of(exercise.function), _TRY]),
+        f"# {name}\n\n`nbs/{exercise.notebook}.ipynb` of tinylm explains this function.\n\n"
+        f"**Your task.** {exercise.question} Then run the cell below your function, which checks "
+        f"it.\n\n<details><summary>Hint</summary>\n\n{exercise.hint}\n\n</details>",
+        "\n".join([*sorted(imports), _TRY]),
         stripped(exercise.function, exercise.question),
         f'try_function("{name}", {name})',
         f"## A test that catches bugs\n\nWrite a test that gets a function, passes on "
-        f"`{module}.{name}`, and raises an `AssertionError` on {wrong_ones} that you do not see.",
-        f'def test_{name}({name}):\n    raise NotImplementedError("write this test")',
+        f"`{module}.{name}`, and fails (`assert`) on {wrong_ones} that you do not see. "
+        f"The last cell says which bugs your test misses.",
+        f'def test_{name}({name}):\n    raise NotImplementedError("{_WRITE_TEST}")',
         f'try_test("{name}", test_{name})',
     ]
     return {
@@ -93,13 +106,17 @@ def _cell(name: str, text: str) -> dict:
     return {"cell_type": "code", "execution_count": None, "outputs": [], **cell}
 
 # %% ../nbs/67_exercises.ipynb #2e0feef4
+def _notebook_path(folder: Path, exercise: Exercise) -> Path:
+    return folder / f"{exercise.notebook}_{exercise.name}.ipynb"
+
+
 def write_exercises(folder: str | Path) -> list[Path]:
     """Write the notebooks that are not there yet; return those that were written."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for exercise in EXERCISES.values():
-        path = folder / f"{exercise.notebook}_{exercise.name}.ipynb"
+        path = _notebook_path(folder, exercise)
         if path.exists():
             continue
         path.write_text(json.dumps(notebook_of(exercise), indent=1) + "\n", "utf-8")
@@ -115,47 +132,79 @@ class Grade(NamedTuple):
     test_problem: str  # of the test; "" if it is right
     caught: int  # bugs that the test catches
     bugs: int  # all bugs of the exercise
+    missed: tuple[str, ...] = ()  # names of the bugs that the test does not catch
+    notebook_problem: str = ""  # of the notebook: a file or a cell that does not work
 
     @property
     def done(self) -> bool:
         """Say whether both halves are right."""
         return not self.problem and not self.test_problem and self.caught == self.bugs
 
+# %% ../nbs/67_exercises.ipynb #0d38e9f7
+def _describe_error(error: BaseException) -> str:
+    """Return the type of an error, and the first line of what it says."""
+    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    reason = message.strip().splitlines() or [""]
+    return f"{type(error).__name__}: {reason[0]}".rstrip(": ")
 
-def _problem_of(call: Callable, function: Callable) -> str:
+
+def _place_of(error: BaseException, file: str | None) -> str:
+    """Return where in a cell of the reader an error arose; "" if not there."""
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return f" (line {error.lineno}: {(error.text or '').strip()})"
+    stack = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in stack if frame.filename == file]
+    return f" (line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+
+
+def _problem_of(
+    call: Callable,  # a check or a test
+    function: Callable,  # what it is called with
+    author: Callable,  # the one of both that the reader wrote
+) -> str:
     """Call a check or a test, and return what is wrong in one line; "" if nothing is."""
     try:
         call(function)
-    except NotImplementedError:
-        return "not written yet"
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {reason[0]}".rstrip(": ")
+    except (Exception, SystemExit) as error:
+        if isinstance(error, NotImplementedError) and str(error) in (_WRITE_FUNCTION, _WRITE_TEST):
+            return "not written yet"
+        code = getattr(author, "__code__", None)
+        return _describe_error(error) + _place_of(error, code and code.co_filename)
     return ""
 
-
+# %% ../nbs/67_exercises.ipynb #b5df1ea0
 def grade(
     name: str,  # of an exercise
     function: Callable | None,  # the reader's; None: there is none
     test: Callable | None,  # the reader's test; None: there is none
 ) -> Grade:
-    """Check a reader's function, and let the reader's test loose on the bugs."""
+    """Check a reader's function, and run the reader's test on the bugs."""
     exercise = EXERCISES[name]
-    problem = "not written yet" if function is None else _problem_of(exercise.check, function)
-    bugs = len(exercise.bugs)
+    problem = f"you have no function {name}"
+    if function is not None:
+        problem = _problem_of(exercise.check, function, function)
+    bugs = tuple(exercise.bugs)
     if test is None:
-        return Grade(name, problem, "not written yet", 0, bugs)
+        return Grade(name, problem, f"you have no function test_{name}", 0, len(bugs), bugs)
 
     # A test that fails on the right function says nothing about wrong ones.
-    test_problem = _problem_of(test, exercise.function)
+    test_problem = _problem_of(test, exercise.function, test)
     if test_problem and test_problem != "not written yet":
         test_problem = f"it fails on the library's function: {test_problem}"
-    caught = 0
+    missed = bugs
     if not test_problem:
-        caught = len([wrong for wrong in exercise.bugs.values() if _problem_of(test, wrong)])
-    return Grade(name, problem, test_problem, caught, bugs)
+        wrong = exercise.bugs
+        missed = tuple(bug for bug in bugs if not _problem_of(test, wrong[bug], test))
+    return Grade(name, problem, test_problem, len(bugs) - len(missed), len(bugs), missed)
 
 # %% ../nbs/67_exercises.ipynb #26a5e8bf
+def _describe_test(result: Grade) -> str:
+    if result.test_problem:
+        return result.test_problem
+    caught = f"catches {result.caught} of {result.bugs} bugs"
+    return caught + (f", misses: {', '.join(result.missed)}" if result.missed else "")
+
+
 def try_function(name: str, function: Callable) -> None:
     """Print whether a reader's function passes the checks of an exercise."""
     problem = grade(name, function, None).problem
@@ -164,15 +213,19 @@ def try_function(name: str, function: Callable) -> None:
 
 def try_test(name: str, test: Callable) -> None:
     """Print what a reader's test makes of the library's function and of the bugs."""
-    result = grade(name, None, test)
-    if result.test_problem:
-        print(f"test of {name}: {result.test_problem}")
-    else:
-        print(f"test of {name}: catches {result.caught} of {result.bugs} bugs")
+    print(f"test of {name}: {_describe_test(grade(name, None, test))}")
 
 # %% ../nbs/67_exercises.ipynb #4940b769
-def run_cells(path: Path) -> dict[str, object]:
-    """Run the code of a notebook; return its names. Cells that fail are passed over."""
+def _compile_cell(source: str, file: str) -> CodeType:
+    """Compile a cell; lines that only Jupyter understands (%matplotlib inline) are left out."""
+    try:
+        return compile(source, file, "exec")
+    except SyntaxError:
+        return compile(re.sub(r"(?m)^[ \t]*[%!].*$", "", source), file, "exec")
+
+
+def run_cells(path: Path) -> tuple[dict[str, object], str]:
+    """Run the code of a notebook; return its names, and the first error of a cell or ""."""
     try:
         cells = json.loads(path.read_text("utf-8"))["cells"]
         sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
@@ -180,31 +233,39 @@ def run_cells(path: Path) -> dict[str, object]:
         problem = f"{path} is not a notebook that can be read"
         raise OSError(f"{problem}; save it again in Jupyter") from error
 
-    # What the cells print is not part of the grades.
-    names: dict[str, object] = {}
-    for source in sources:
+    # Run the cells; what they print is not part of the grades.
+    names: dict[str, object] = {"__name__": "__main__"}
+    first_error = ""
+    for number, source in enumerate(sources, 1):
+        file = f"{path}, code cell {number}"
+
+        # Error messages show a line of the cell. Python looks it up here.
+        linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
         with redirect_stdout(StringIO()):
             try:
-                exec(compile(source, str(path), "exec"), names)
-            except Exception:
-                continue  # its names are missing, and the grade says so
-    return names
+                exec(_compile_cell(source, file), names)
+            except (Exception, SystemExit) as error:
+                reason = f"{_describe_error(error)}{_place_of(error, file)}"
+                first_error = first_error or f"code cell {number} raises {reason}"
+    return names, first_error
 
-
+# %% ../nbs/67_exercises.ipynb #00a2ad5e
 def grade_folder(folder: str | Path) -> list[Grade]:
     """Grade all exercises of a folder."""
-    folder = Path(folder)
     grades = []
     for name, exercise in EXERCISES.items():
-        path = folder / f"{exercise.notebook}_{name}.ipynb"
-        names = run_cells(path) if path.exists() else {}
+        path = _notebook_path(Path(folder), exercise)
+        names: dict[str, object] = {}
+        problem = f"there is no file {path.name}; write it: tinylm exercises --out {folder}"
+        if path.exists():
+            names, problem = run_cells(path)
         function = _callable_or_none(names.get(name))
         test = _callable_or_none(names.get(f"test_{name}"))
 
         # A name that was only imported is not the reader's.
         if function is exercise.function:
             function = None
-        grades.append(grade(name, function, test))
+        grades.append(grade(name, function, test)._replace(notebook_problem=problem))
     return grades
 
 
@@ -214,9 +275,11 @@ def _callable_or_none(value: object) -> Callable | None:
 
 def _grade_row(result: Grade) -> str:
     function = result.problem or "right"
-    test = result.test_problem or f"catches {result.caught} of {result.bugs} bugs"
     mark = "done" if result.done else "    "
-    return f"{mark}  {result.name:20s}  function: {function}; test: {test}"
+    row = f"{mark}  {result.name:20s}  function: {function}; test: {_describe_test(result)}"
+    if result.notebook_problem:
+        row += f"\n      {'':20s}  notebook: {result.notebook_problem}"
+    return row
 
 
 def report_grades(grades: list[Grade]) -> str:
@@ -238,9 +301,9 @@ def exercises(config: ExercisesConfig) -> None:
     """Write the notebooks of the exercises, or grade them."""
     folder = Path(config.out)
     if config.check:
-        if not folder.is_dir():
-            remedy = "write the exercises first, tinylm exercises"
-            raise OSError(f"there is no folder {folder}: {remedy}")
+        if not any(_notebook_path(folder, exercise).exists() for exercise in EXERCISES.values()):
+            remedy = f"write them first, tinylm exercises --out {folder}"
+            raise OSError(f"there are no exercises in the folder {folder}: {remedy}")
         print(report_grades(grade_folder(folder)))
         return
 
@@ -248,4 +311,4 @@ def exercises(config: ExercisesConfig) -> None:
     written = write_exercises(folder)
     old = len(EXERCISES) - len(written)
     print(f"{len(written)} notebooks written to {folder}, {old} kept as they are")
-    note(f"open them in Jupyter; grade: tinylm exercises --out {folder} --check")
+    note(f"solve them: jupyter lab {folder}; grade: tinylm exercises --out {folder} --check")

@@ -194,7 +194,7 @@ def ring(config: ModelConfig, block: type[Block] = Block) -> float | None:
 
 @_invariance("8-bit cache\n≈ whole", limit=0.3)
 def int8(config: ModelConfig, block: type[Block] = Block) -> float:
-    """Compare a cache of eight bits with the whole text, in units of the logits' spread."""
+    """Compare a cache of eight bits with the whole text, in standard deviations of the logits."""
     model = build(config, block)
     whole = model(IDS)
     return gap(read(model, [1, 5, 2, 4], Int8Cache), whole) / whole.std().item()
