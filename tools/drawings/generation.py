@@ -317,7 +317,7 @@ def draw_beams(d: Drawing) -> None:
     d.note(
         MARGIN,
         536,
-        "The best text of two tokens begins with ␣Sam, although ␣Mia was\n"
-        "the likelier first token: always taking the best one would miss it.",
+        "The best text of two tokens begins with ␣Sam, although ␣Mia is more\n"
+        "likely as the first token. Always taking the best one misses it.",
         15,
     )
