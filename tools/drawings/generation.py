@@ -317,7 +317,7 @@ def draw_beams(d: Drawing) -> None:
     d.note(
         MARGIN,
         536,
-        "The best text of two tokens begins with ␣Sam, although ␣Mia is more\n"
-        "likely as the first token. Always taking the best one misses it.",
+        "The best text of two tokens begins with ␣Sam, although ␣Mia\n"
+        "is more likely as first token. A greedy choice misses it.",
         15,
     )
