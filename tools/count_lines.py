@@ -26,6 +26,7 @@ PARTS = {  # the first digit of a notebook's number: the part it belongs to
     "4": "pretraining",
     "5": "post-training",
     "6": "use and study",
+    "7": "proofs",
 }
 # Notebooks that are not the language model itself: the built-in stories, the checkpoint formats of
 # other projects, experiments, exercises, the command line.
@@ -97,8 +98,8 @@ def render() -> str:
     proper = sum(counts.values()) - sum(counts[name] for name in around)
     comparison = "below" if proper < LIMIT else "above"
     sentence = (
-        f"The language model itself has {proper:,} lines of code, {comparison} the limit of "
-        f"{LIMIT:,} that it is to keep. The rest is the built-in stories, the checkpoint formats "
+        f"The language model itself has {proper:,} lines of code; our own limit is {LIMIT:,}, and "
+        f"it is {comparison} that. The rest is the built-in stories, the checkpoint formats "
         "of other projects, experiments, exercises and the command line."
     )
     return "\n".join([*rows, "", sentence])
