@@ -67,11 +67,12 @@ def write(
     command: str,  # what a reader types for the same figures
     seeds: list[int],  # of the runs
     figures: dict,  # what was measured
+    of_runs: str = "",  # commit of the code that made finished runs; "": the one checked out
 ) -> None:
     """Write a file of results."""
     entry = {
         "command": command,
-        "commit": commit(),
+        "commit": of_runs or commit(),
         "date": str(date.today()),
         "machine": machine(),
         "seeds": seeds,
@@ -105,12 +106,21 @@ def interval(values: list[float]) -> dict:
     return {"mean": round(mean, 4), "half_of_95_interval": round(half or 0.0, 4), "n": len(values)}
 
 
+def by_name(report: dict) -> dict:
+    """Name the runs of a report by their folders, without the path."""
+    return {Path(run).name: figures for run, figures in report.items()}
+
+
 def right_percent(score: dict) -> float:
     """Return the share of right answers of a score in a report."""
     return percent(score["right"] / score["total"])
 
 
-def record_default(run: Path, report: dict) -> None:
+def record_default(
+    run: Path,  # folder of the run
+    report: dict,  # its report
+    of_runs: str,  # commit of the code that made it
+) -> None:
     """Write down one run of the default recipe, and its report."""
     final = last(run, "validation_loss")
     answers = report["exact_match"]["all"]
@@ -134,7 +144,7 @@ def record_default(run: Path, report: dict) -> None:
         "validation_loss_by_step": curve,
     }
     config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
-    write("default", "tinylm pretrain", [config["train"]["seed"]], figures)
+    write("default", "tinylm pretrain", [config["train"]["seed"]], figures, of_runs)
 
 
 def stage_figures(reports: list[dict]) -> dict:
@@ -153,7 +163,7 @@ def stage_figures(reports: list[dict]) -> dict:
     }
 
 
-def record_speedrun(folders: list[Path]) -> None:
+def record_speedrun(folders: list[Path], of_runs: str) -> None:
     """Write down several runs of the whole path, that differ in their seed."""
     seeds = []
     reports = []
@@ -161,7 +171,7 @@ def record_speedrun(folders: list[Path]) -> None:
         config = yaml.safe_load((folder / "base" / "config.yaml").read_text("utf-8"))
         seeds.append(config["train"]["seed"])
         report = json.loads((folder / "report" / "report.json").read_text("utf-8"))
-        reports.append({Path(run).name: figures for run, figures in report.items()})
+        reports.append(by_name(report))
     figures = {}
     for stage in ("base", "sft", "lora", "dpo"):
         figures[stage] = stage_figures([report[stage] for report in reports])
@@ -172,7 +182,9 @@ def record_speedrun(folders: list[Path]) -> None:
     changes = [round(dpo - sft, 2) for sft, dpo in zip(before, after, strict=True)]
     figures["dpo_minus_sft_percent"] = {**interval(changes), "by_seed": changes}
     figures["questions"] = reports[0]["sft"]["chat"]["all"]["total"]
-    write("speedrun", "tinylm speedrun --seed N; record.py speedrun FOLDERS", seeds, figures)
+    write(
+        "speedrun", "tinylm speedrun --seed N; record.py speedrun FOLDERS", seeds, figures, of_runs
+    )
 
 
 def default_recipe() -> PretrainConfig:
@@ -279,15 +291,16 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
     parser.add_argument("--steps", type=int, default=400, help="of a trial, or to time (loop: 30)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--commit", default="", help="of the code that made finished runs")
     arguments = parser.parse_args()
 
     # The first two read finished runs, the others measure now.
     if arguments.name == "default":
         (run,) = arguments.runs
         report = json.loads((run.parent / "report" / "report.json").read_text("utf-8"))
-        record_default(run, report[str(run)])
+        record_default(run, by_name(report)[run.name], arguments.commit)
     elif arguments.name == "speedrun":
-        record_speedrun(arguments.runs)
+        record_speedrun(arguments.runs, arguments.commit)
     elif arguments.name == "loop":
         record_loop(min(arguments.steps, 30))
     elif arguments.name == "trials":
