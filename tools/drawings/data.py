@@ -313,7 +313,7 @@ def draw_leak(d: Drawing) -> None:
     d.arrow((145, 434), (145, 462))
     d.arrow((415, 434), (415, 462))
     d.box(MARGIN, 464, 250, 44, "equal: no leak", "sky", 17)
-    d.box(290, 464, 250, 44, "lower: A leaked into B", "warm", 17)
+    d.box(290, 464, 250, 44, "different: A leaked into B", "warm", 17)
     d.note(
         MARGIN,
         546,
