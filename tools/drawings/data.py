@@ -117,7 +117,7 @@ def draw_questions(d: Drawing) -> None:
 @diagram(
     "shifted-labels",
     510,
-    "Labels are the next tokens: shift by one",
+    "Targets are the next tokens: shift by one",
     "The row of input ids begins with the end-of-text token 0, then Mia, was, in, the, garden. The "
     "labels are the same ids with minus 100 in the first place. shift_labels moves them one place "
     "to the left, so that position t is compared with the token at t + 1; the last is minus 100.",
