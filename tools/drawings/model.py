@@ -671,6 +671,6 @@ def draw_checkpoint(d: Drawing) -> None:
         MARGIN,
         518,
         "lm_head.weight is not stored: it is the embedding table itself\n"
-        "(tie_word_embeddings). A family is a kind of model, with its names.",
+        "(tie_word_embeddings). A family is a kind of model.",
         15,
     )
