@@ -48,7 +48,7 @@ AROUND = (
     "cli",
 )
 LIMIT = 5000  # lines of code that the language model itself may have
-TABLE = re.compile(r"\| part \| lines of code \|.*?lines of code, [^\n]*", re.DOTALL)
+TABLE = re.compile(r"\| part \| lines of code \|.*?lines of code; [^\n]*", re.DOTALL)
 
 
 def is_counted(node: ast.stmt) -> bool:
