@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -285,19 +286,33 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.screen, text.encode())
 
-    def interrupt_until(self, text: str) -> None:
-        """Press Ctrl-C until a text appears.
+    def type_at_prompt(self, text: str) -> None:
+        """Type once the line editor reads the keys.
+
+        Before that the terminal itself acts on some of them: it drops a Ctrl-D and a character
+        that is erased.
+        """
+        import termios
+
+        end = time.monotonic() + 60
+        while termios.tcgetattr(self.screen)[3] & termios.ICANON and time.monotonic() < end:
+            time.sleep(0.02)
+        self.type(text)
+
+    def press_until(self, key: str, is_done: Callable[[], bool]) -> None:
+        """Press a key until it was understood.
 
         Python looks for a signal before it waits for a key. One that arrives between the two is
         seen at the next key only, so a person too has to press twice now and then.
         """
         end = time.monotonic() + 60
-        while text not in self.text and time.monotonic() < end:
-            self.type("\x03")
+        while not is_done() and time.monotonic() < end:
+            self.type_at_prompt(key)
             if select.select([self.screen], [], [], 1)[0]:
-                self.text += os.read(self.screen, 4096).decode(errors="replace")
+                with suppress(OSError):  # Linux: reading from a terminal whose command has ended
+                    self.text += os.read(self.screen, 4096).decode(errors="replace")
                 time.sleep(0.2)
-        self.wait_for(text)
+        assert is_done(), self.text
 
 
 def test_chat_in_a_terminal(run):
@@ -307,19 +322,21 @@ def test_chat_in_a_terminal(run):
     words = [sys.executable, "-c", code, "chat", str(run)]
     terminal = Terminal([*words, "--max-new-tokens", "15000"])
     assert "/reset to forget, /save FILE to keep, /exit or Ctrl-D to end" in terminal.wait_for("> ")
-    terminal.type("the cat\n")
+    terminal.type_at_prompt("the cat\n")
     terminal.wait_for("the cat\r\n")
     terminal.wait_for_anything()
     terminal.type("\x03")  # Ctrl-C in an answer
     terminal.wait_for("(stopped)")
     terminal.wait_for("> ")
-    terminal.interrupt_until("(/exit or Ctrl-D ends the chat)")  # and while nothing is said
-    terminal.type("/savw it.json" + "\x1b[D" * 8 + "\x7fe\n")  # go back with the arrow, and correct
+    hint = "(/exit or Ctrl-D ends the chat)"
+    terminal.press_until("\x03", lambda: hint in terminal.text)  # and while nothing is said
+    # Go back with the arrow, and correct.
+    terminal.type_at_prompt("/savw it.json" + "\x1b[D" * 8 + "\x7fe\n")
     terminal.wait_for("(saved in it.json)")
-    terminal.type("\x1b[A\n")  # the line before
+    terminal.type_at_prompt("\x1b[A\n")  # the line before
     terminal.wait_for("(it.json is there already")
-    terminal.type("\x04")
-    assert terminal.command.wait(30) == 0
+    terminal.press_until("\x04", lambda: terminal.command.poll() is not None)
+    assert terminal.command.returncode == 0
     with suppress(OSError):
         os.close(terminal.screen)
 
