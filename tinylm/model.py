@@ -92,7 +92,7 @@ def register_layer(name: str) -> Callable[[Kind], Kind]:
 
     return add
 
-# %% ../nbs/15_model.ipynb #15ea8771
+
 @dataclass(frozen=True)
 class VariantFields:
     """Choices that differ between families of models."""

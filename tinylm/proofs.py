@@ -88,6 +88,12 @@ LAYOUTS: dict[str, ModelConfig] = {  # the kinds of models that the library has
         rope_theta=1e6,
         rope_parameters={"sliding_attention": {"rope_theta": 1e4}},
     ),
+    "GQA, QK-norm, convolution in layer 1 (LFM2)": replace(
+        _gqa, qk_norm=True, layer_types=("conv", "full_attention")
+    ),
+    "MLA, convolution with biases in layer 2, experts": replace(
+        _mla_experts, layer_types=("full_attention", "conv"), conv_L_cache=4, conv_bias=True
+    ),
     "experts in layer 1, MLA, window of 4": replace(
         _mla_experts, mlp_only_layers=(1,), sliding_window=4, layer_types=_window_first
     ),
@@ -183,7 +189,8 @@ def token_by_token(config: ModelConfig, block: type[Block] = Block) -> float:
 @_invariance("ring cache\n= whole")
 def ring(config: ModelConfig, block: type[Block] = Block) -> float | None:
     """Compare a cache that keeps only the window with the whole text."""
-    if config.sliding_window is None:
+    windows = [config.window_of(layer) for layer in range(config.num_hidden_layers)]
+    if not any(windows):
         return None  # there is no window to keep
     model = build(config, block)
     whole = model(IDS)
