@@ -42,7 +42,7 @@ class Voice:
         if cumulative is None:
             return int(self.random() * n)
 
-        # The option whose range holds the number: of the sums 0.2, 0.5, 1.0, 0.3 falls in the second.
+        # Of the sums 0.2, 0.5, 1.0 a number 0.3 falls below the second: option 1.
         return bisect(cumulative, self.random())
 
     def choose(self, options: Sequence):
