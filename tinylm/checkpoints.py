@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TheirConfig', 'FAMILIES', 'COMPUTED', 'own_weight', 'transposed', 'Layout', 'read_nothing', 'write_nothing', 'Family',
-           'write_window', 'load_transformers', 'config_from_hf', 'old_entries', 'unsupported_fields', 'config_to_hf',
-           'config_json', 'their_tensors', 'fill', 'save_model', 'read_config', 'load_model']
+           'write_window', 'write_layer_types', 'experts_transposed', 'load_transformers', 'config_from_hf',
+           'old_entries', 'unsupported_fields', 'config_to_hf', 'files_layout', 'config_json', 'their_tensors', 'fill',
+           'save_model', 'read_config', 'load_weights', 'load_model']
 
 # %% ../nbs/18_checkpoints.ipynb #acea4932
 import copy
@@ -75,8 +76,10 @@ class Family:
     write: Callable[[ModelConfig], dict] = write_nothing
     layer_types: bool = False  # whether its config has the list of that name
     mixed_layers: bool = False  # whether its models follow the list where layers are different
+    kinds: tuple[str, ...] = LAYER_TYPES  # the types that the list may have
+    rope_by_type: bool = False  # whether its config has rotary settings for each type of layer
     layout: Layout = field(default_factory=Layout)  # where its tensors lie
-    same_file: bool = False  # whether its file has our names and tensors, one by one
+    same_file: bool = False  # whether its file has our tensors, one by one, as in the layout
 
 # %% ../nbs/18_checkpoints.ipynb #3df560af
 def write_window(config: ModelConfig) -> dict:
@@ -139,6 +142,58 @@ def _write_deepseek(config: ModelConfig) -> dict:
     """Write the size of the rotated part, which is called head_dim there."""
     return {"head_dim": config.qk_rope_head_dim}
 
+
+def write_layer_types(config: ModelConfig) -> dict:
+    """Write the type of every layer, and a window also where no layer has one.
+
+    These families take a pattern of their own if the list is missing, and always want a window.
+    """
+    layers = range(config.num_hidden_layers)
+    window = config.sliding_window or config.max_position_embeddings
+    return {"layer_types": [config.layer_type(i) for i in layers], "sliding_window": window}
+
+
+def _read_gemma(theirs: TheirConfig) -> dict:
+    """Read the factor of Gemma's embeddings, which no file has."""
+    both_ways = theirs.use_bidirectional_attention
+    if both_ways:
+        remedy = f"only False is computed for {theirs.model_type}"
+        raise FieldError("use_bidirectional_attention", both_ways, remedy)
+    return {"embedding_multiplier": theirs.hidden_size**0.5}
+
+
+def _write_gemma(config: ModelConfig) -> dict:
+    """Write the types of layers, and a scale that is a whole number there."""
+    scalar = config.query_pre_attn_scalar or config.head_dim
+    is_whole = scalar == int(scalar or 0)
+    scale = {"query_pre_attn_scalar": int(scalar or 0) if is_whole else scalar}
+    return {**write_layer_types(config), **scale}
+
+
+def experts_transposed(name: str, weight: Tensor) -> Tensor:
+    """Return a view of the transposed matrices of experts, as in gpt-oss."""
+    is_matrix = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+    return weight.mT if is_matrix else weight
+
+
+def _read_lfm2(theirs: TheirConfig) -> dict:
+    """Read LFM2's width, which its file may give before it is adjusted."""
+    width = theirs.intermediate_size
+    if theirs.block_auto_adjust_ff_dim:
+        width = int(2 * width / 3)
+        if theirs.block_ffn_dim_multiplier is not None:
+            step = theirs.block_multiple_of
+            width = int(theirs.block_ffn_dim_multiplier * width)
+            width = step * ((width + step - 1) // step)
+    return {"intermediate_size": width}
+
+
+def _write_lfm2(config: ModelConfig) -> dict:
+    """Write the types of layers, and the width as it is."""
+    layers = range(config.num_hidden_layers)
+    kinds = [config.layer_type(i) for i in layers]
+    return {"layer_types": kinds, "block_auto_adjust_ff_dim": False}
+
 # %% ../nbs/18_checkpoints.ipynb #4701fe37
 # Where all layers have experts, intermediate_size is their width, and there is no other.
 _EXPERT_WIDTH = {"moe_intermediate_size": "intermediate_size", "intermediate_size": ""}
@@ -154,6 +209,32 @@ _GPT2_NAMES = {
     r"mlp\.up_proj": "mlp.c_fc",
     r"mlp\.down_proj": "mlp.c_proj",
     r"^(wte|wpe|h|ln_f)\.": r"transformer.\1.",
+}
+# Norms of outputs: where there is no norm before, or one before and one after.
+_OUTPUT_NORMS = Layout(
+    {
+        r"post_attention_layernorm": "pre_feedforward_layernorm",
+        r"attention_output_layernorm": "post_attention_layernorm",
+        r"mlp_output_layernorm": "post_feedforward_layernorm",
+    }
+)
+_OLMO = {"qk_norm": True, "qk_norm_full": True, "norm_placement": "after"}
+_GEMMA = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "norm_unit_offset": True,
+    "norm_placement": "both",
+}
+_GEMMA_ACT = {"hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh"}
+_LFM2_NAMES = {
+    r"^model\.norm": "model.embedding_norm",
+    r"input_layernorm": "operator_norm",
+    r"post_attention_layernorm": "ffn_norm",
+    r"self_attn\.(in_proj|conv|out_proj)\.": r"conv.\1.",
+    r"self_attn\.o_proj": "self_attn.out_proj",
+    r"self_attn\.([qk])_norm": r"self_attn.\1_layernorm",
+    r"mlp\.gate_proj": "feed_forward.w1",
+    r"mlp\.up_proj": "feed_forward.w3",
+    r"mlp\.down_proj": "feed_forward.w2",
 }
 FAMILIES = {
     "llama": Family(same_file=True),
@@ -214,6 +295,56 @@ FAMILIES = {
         read=_read_deepseek,
         write=_write_deepseek,
     ),
+    "olmo2": Family(fixed=_OLMO, layout=_OUTPUT_NORMS, same_file=True),
+    "olmo3": Family(
+        fixed=_OLMO,
+        write=write_layer_types,
+        layer_types=True,
+        mixed_layers=True,
+        rope_by_type=True,
+        layout=_OUTPUT_NORMS,
+        same_file=True,
+    ),
+    "gemma2": Family(
+        fixed=_GEMMA,
+        computed=_GEMMA_ACT,
+        read=_read_gemma,
+        write=_write_gemma,
+        layer_types=True,
+        mixed_layers=True,
+        layout=_OUTPUT_NORMS,
+        same_file=True,
+    ),
+    "gemma3_text": Family(
+        fixed={**_GEMMA, "qk_norm": True},
+        computed={**_GEMMA_ACT, "attn_logit_softcapping": None},
+        read=_read_gemma,
+        write=_write_gemma,
+        layer_types=True,
+        mixed_layers=True,
+        rope_by_type=True,
+        layout=_OUTPUT_NORMS,
+        same_file=True,
+    ),
+    "gpt_oss": Family(
+        fixed={"attention_sinks": True, "router_bias": True},
+        renamed=_EXPERT_WIDTH,
+        write=write_layer_types,
+        layer_types=True,
+        mixed_layers=True,
+        layout=Layout({r"mlp\.gate\.": "mlp.router."}, experts_transposed),
+    ),
+    "lfm2": Family(
+        fixed={"qk_norm": True},
+        renamed={"rms_norm_eps": "norm_eps"},
+        read=_read_lfm2,
+        write=_write_lfm2,
+        layer_types=True,
+        mixed_layers=True,
+        kinds=("full_attention", "conv"),
+        layout=Layout(_LFM2_NAMES),
+        same_file=True,
+    ),
 }
 # Entries of all families, where they have them, and the only value of each that is computed here.
 COMPUTED = {"hidden_act": "silu", "mlp_bias": False, "quantization_config": None, "is_causal": True}
@@ -247,8 +378,23 @@ def _shared_entries(model_type: str) -> dict[str, str]:
 def _read_rope(theirs: TheirConfig) -> dict:
     """Read the rotary settings of a config, whichever way its file spells them."""
     theirs.standardize_rope_params()  # takes in a trained length that stands beside them
+    settings = theirs.rope_parameters
+    if "full_attention" not in settings:
+        return _read_rotation(theirs, settings)
+
+    # Each type of layer has its own; ours names those of windows only where they are different.
+    ours = _read_rotation(theirs, settings["full_attention"])
+    windows = _read_rotation(theirs, settings["sliding_attention"])
+    if windows != ours:
+        own = {"rope_theta": windows["rope_theta"], **(windows["rope_scaling"] or {})}
+        ours["rope_parameters"] = {"sliding_attention": own}
+    return ours
+
+
+def _read_rotation(theirs: TheirConfig, settings: dict) -> dict:
+    """Read one group of rotary settings."""
     usual = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, "rope_type": "default"}
-    rope = {**usual, **theirs.rope_parameters}
+    rope = {**usual, **settings}
     theta = rope.pop("rope_theta")
     share = rope.pop("partial_rotary_factor")
     if share != 1.0:
@@ -264,6 +410,9 @@ def _check_computed(theirs: TheirConfig, model_type: str) -> None:
     """Refuse a config that asks for something else than is computed here."""
     for entry, value in {**COMPUTED, **FAMILIES[model_type].computed}.items():
         setting = getattr(theirs, entry, value)
+        if isinstance(setting, dict) and setting.get("quant_method") == "mxfp4":
+            remedy = "its weights have 4 bits, give a copy in bfloat16 or float32"
+            raise FieldError("quantization_config", "mxfp4", remedy)
         if setting != value:
             raise FieldError(entry, setting, f"only {value!r} is computed for {model_type}")
 
@@ -275,8 +424,8 @@ def _read_window(theirs: TheirConfig, family: Family) -> dict:
     if not (family.layer_types and layer_types):
         return {}
     kinds = set(layer_types)
-    if not kinds <= set(LAYER_TYPES):
-        remedy = f"only {' and '.join(LAYER_TYPES)} are computed here"
+    if not kinds <= set(family.kinds):
+        remedy = f"only {' and '.join(family.kinds)} are computed here"
         raise FieldError("layer_types", layer_types, remedy)
     if "sliding_attention" in kinds and not window:
         raise FieldError("sliding_window", window, "layer_types asks for a number")
@@ -287,9 +436,12 @@ def _read_window(theirs: TheirConfig, family: Family) -> dict:
         raise FieldError("layer_types", layer_types, remedy)
 
     # Where all layers are alike, the window alone says it.
-    if kinds == {"full_attention"}:
-        return {"sliding_window": None}
-    return {"layer_types": tuple(layer_types)} if len(kinds) > 1 else {}
+    read: dict = {}
+    if "sliding_attention" not in kinds:
+        read["sliding_window"] = None
+    if len(kinds) > 1 or not kinds <= set(LAYER_TYPES):
+        read["layer_types"] = tuple(layer_types)
+    return read
 
 
 def _read_own(hf: dict) -> ModelConfig:
@@ -334,12 +486,24 @@ def old_entries(hf: dict) -> dict:
     if hf.get("model_type") == "qwen3_moe" and "num_local_experts" in hf:
         old["num_experts"] = hf["num_local_experts"]
     rope = dict(hf.get("rope_parameters") or {})
+    windows = rope.get("sliding_attention")
+    if windows:
+        old["rope_local_base_freq"] = windows["rope_theta"]  # the name in Gemma 3
+        rope = dict(rope["full_attention"])
     if rope:
         old["rope_theta"] = rope.pop("rope_theta")
         old["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     return old
 
 # %% ../nbs/18_checkpoints.ipynb #28170157
+def _write_rope(theta: float, scaling: dict | None) -> dict:
+    """Write rotary settings in the words of `transformers` 5."""
+    rope = dict(scaling or {})
+    if "type" in rope:
+        rope["rope_type"] = rope.pop("type")
+    return {"rope_type": "default", "rope_theta": theta, **rope}
+
+
 def _write_family(config: ModelConfig, model_type: str) -> dict:
     """Write the entries of config.json by which a family says this config, as far as it can."""
     config = config.resolved()
@@ -348,11 +512,11 @@ def _write_family(config: ModelConfig, model_type: str) -> dict:
     for name, entry in _shared_entries(model_type).items():
         if name not in family.fixed:
             hf[entry] = getattr(config, name)
-    if not config.learned_positions:
-        rope = dict(config.rope_scaling or {})
-        if "type" in rope:
-            rope["rope_type"] = rope.pop("type")
-        hf["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta, **rope}
+    if family.rope_by_type:
+        settings = {kind: _write_rope(*config.rope_settings(kind)) for kind in LAYER_TYPES}
+        hf["rope_parameters"] = settings
+    elif not config.learned_positions:
+        hf["rope_parameters"] = _write_rope(config.rope_theta, config.rope_scaling)
     if config.layer_types and family.mixed_layers:
         hf["layer_types"] = list(config.layer_types)
 
@@ -374,9 +538,16 @@ def _idle_fields(config: ModelConfig) -> set[str]:
         idle.add("intermediate_size")
     if config.kv_lora_rank:
         idle.update(("num_key_value_heads", "head_dim", "qk_norm", "qk_norm_full"))
+    if config.swiglu_limit is None:
+        idle.add("swiglu_alpha")
     if "conv" not in config.layer_types:
         idle.update(_CONV_FIELDS)
     return idle
+
+
+def _rotates_alike(config: ModelConfig, other: ModelConfig) -> bool:
+    """Return whether the layers of two configs rotate alike, however the configs say it."""
+    return all(config.rope_settings(kind) == other.rope_settings(kind) for kind in LAYER_TYPES)
 
 
 def unsupported_fields(config: ModelConfig, model_type: str) -> list[str]:
@@ -396,6 +567,8 @@ def unsupported_fields(config: ModelConfig, model_type: str) -> list[str]:
 
     # What came back in another way counts if it changes what the model computes.
     idle = _idle_fields(config)
+    if config.rope_parameters and _rotates_alike(config, back):
+        idle.update(("rope_theta", "rope_scaling", "rope_parameters"))
     unsupported = []
     for name, value in settings.items():
         if name not in idle and getattr(back, name) != value:
@@ -421,7 +594,28 @@ def config_to_hf(
 
 # %% ../nbs/18_checkpoints.ipynb #6bb398aa
 # Fields that a config.json of our own has only where they are set.
-_RARE_FIELDS = ("mlp_only_layers", "rope_parameters", "layer_types", "block")
+_RARE_FIELDS = (
+    "mlp_only_layers",
+    "rope_parameters",
+    "layer_types",
+    "block",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "attention_sinks",
+    "norm_unit_offset",
+    "norm_placement",
+    "embedding_multiplier",
+    "router_bias",
+    "swiglu_limit",
+    "swiglu_alpha",
+)
+
+
+def files_layout(model_type: str) -> Layout:
+    """Return the names of tensors in the files that `save_model` writes for a family."""
+    family = FAMILIES.get(model_type, Family())
+    return family.layout if family.same_file else Layout()
 
 
 def config_json(config: ModelConfig) -> dict:
@@ -434,13 +628,15 @@ def config_json(config: ModelConfig) -> dict:
         hf = config_to_hf(config, same_file)
     except ValueError:
         own = asdict(config.resolved())
-        unset = [name for name in _RARE_FIELDS if not own[name]]
+        usual = {entry.name: entry.default for entry in fields(ModelConfig)}
+        unset = [name for name in _RARE_FIELDS if own[name] == usual[name]]
         if "conv" not in config.layer_types:
             unset += _CONV_FIELDS
         for name in unset:
             del own[name]
         return {"model_type": "tinylm", **own}
-    architecture = hf["model_type"].capitalize() + "ForCausalLM"
+    modeling = load_transformers().models.auto.modeling_auto
+    architecture = modeling.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf["model_type"]]
     return {"architectures": [architecture], **hf, **old_entries(hf)}
 
 # %% ../nbs/18_checkpoints.ipynb #b10f5cf9
@@ -482,9 +678,9 @@ def fill(
 _COPY_AGAIN = "copy or save it again"
 
 
-def _expected_tensors(model: TinyLM) -> dict[str, Tensor]:
+def _expected_tensors(model: TinyLM, layout: Layout) -> dict[str, Tensor]:
     """Return the tensors that a file of this model has: one table is stored once."""
-    tensors = model.state_dict()
+    tensors = {name: views[0] for name, views in their_tensors(model, layout).items()}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     return tensors
@@ -505,9 +701,10 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
 
     # Both files are complete before one of them gets its name.
-    tensors = {name: weight.contiguous() for name, weight in _expected_tensors(model).items()}
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     hf = {**config_json(model.config), "dtype": dtype, **extra}
+    expected = _expected_tensors(model, files_layout(hf["model_type"]))
+    tensors = {name: weight.contiguous() for name, weight in expected.items()}
     with draft_folder(folder) as draft:
         save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
         (draft / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
@@ -563,14 +760,14 @@ def read_config(name: str | Path) -> tuple[dict, dict[str, str]]:
     return hf, where
 
 # %% ../nbs/18_checkpoints.ipynb #e1734a06
-def _has_tensors_of(model: TinyLM, file: Path) -> bool:
-    """Return whether a file has just the tensors of a model, under their names."""
+def _has_tensors_of(model: TinyLM, file: Path, layout: Layout) -> bool:
+    """Return whether a file has just the tensors of a model, under the names of a layout."""
     from safetensors import safe_open
 
     if not file.is_file():
         return False
     with one_line_errors(file, _COPY_AGAIN), safe_open(file, "pt") as tensors:
-        return set(tensors.keys()) == set(_expected_tensors(model))
+        return set(tensors.keys()) == set(_expected_tensors(model, layout))
 
 
 def _shorten(mismatches: list[str]) -> str:
@@ -581,13 +778,13 @@ def _shorten(mismatches: list[str]) -> str:
     return "; ".join(listed)
 
 
-def _load_own_file(model: TinyLM, file: Path) -> None:
-    """Fill a model from a file that has its tensors under their names."""
+def _load_own_file(model: TinyLM, file: Path, layout: Layout) -> None:
+    """Fill a model from a file that has its tensors under the names of a layout."""
     from safetensors.torch import load_file
 
     with one_line_errors(file, f"{_COPY_AGAIN}, or give the block that it is made of"):
         tensors = load_file(file)
-    expected = _expected_tensors(model)
+    expected = _expected_tensors(model, layout)
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
 
@@ -602,7 +799,19 @@ def _load_own_file(model: TinyLM, file: Path) -> None:
     if wrong:
         remedy = "give the block that it is made of, or copy or save it again"
         raise ValueError(f"{file} does not fit its config.json: {_shorten(wrong)}; {remedy}")
-    model.load_state_dict(tensors, strict=False)
+    with torch.no_grad():
+        for name, weight in expected.items():
+            weight.copy_(tensors[name])
+
+
+def load_weights(
+    model: TinyLM,  # of the same shape; its weights are overwritten
+    folder: str | Path,  # written by `save_model`
+) -> None:
+    """Read the weights that `save_model` wrote into a model."""
+    hf, _ = read_config(folder)
+    layout = files_layout(hf["model_type"])
+    _load_own_file(model, Path(folder) / "model.safetensors", layout)
 
 # %% ../nbs/18_checkpoints.ipynb #7e21a3c7
 def _read_tensors(name: str | Path, where: dict[str, str]) -> dict[str, Tensor]:
@@ -658,9 +867,10 @@ def load_model(
 
     # A file with our names, or with the parts of a block of one's own, is read as it is.
     file = folder / "model.safetensors"
+    layout = files_layout(hf["model_type"])
     is_own = hf["model_type"] == "tinylm" or block is not Block
-    if is_own or ("gguf_file" not in where and _has_tensors_of(model, file)):
-        _load_own_file(model, file)
+    if is_own or ("gguf_file" not in where and _has_tensors_of(model, file, layout)):
+        _load_own_file(model, file, layout)
         return model.eval()
 
     # The others are read by `transformers`: several files, old names, experts one by one, GGUF.
