@@ -328,7 +328,9 @@ def tokenizer():
     return Tokenizer.train(["where do the ducks swim? in the pond. "] * 9, 300)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "smollm3", "gpt2", "mixtral", "olmoe", "deepseek_v3", *NEW])
+@pytest.mark.parametrize(
+    "family", ["qwen2", "smollm3", "gpt2", "mixtral", "olmoe", "deepseek_v3", *NEW]
+)
 def test_fine_tuning_starts_from_what_can_be_asked_to_write(family, tokenizer, tmp_path):
     tokenizer.hf_tokenizer.chat_template = CHATML_TEMPLATE
     theirs = make_theirs(family, tmp_path / "model", vocab_size=len(tokenizer))

@@ -24,7 +24,7 @@ from torch import Tensor
 from . import shortconv  # noqa: F401 - adds its kind of layer
 from .basics import FieldError, draft_folder, first_line, one_line_errors
 from .cost import check_memory
-from .model import LAYER_TYPES, Block, ModelConfig, TinyLM, name_block
+from .model import LAYER_KINDS, LAYER_TYPES, Block, ModelConfig, TinyLM, name_block
 
 # %% ../nbs/18_checkpoints.ipynb #f516298b
 TheirConfig: TypeAlias = Any  # a config object of `transformers`, of any family
@@ -526,7 +526,7 @@ def _write_family(config: ModelConfig, model_type: str) -> dict:
     return {**hf, **family.write(config), **family.computed}
 
 
-_CONV_FIELDS = ("conv_L_cache", "conv_bias")  # they concern layers of type conv only
+_CONV_FIELDS = ("conv_L_cache", "conv_bias")  # they concern layers with convolutions only
 
 
 def _idle_fields(config: ModelConfig) -> set[str]:
@@ -540,7 +540,7 @@ def _idle_fields(config: ModelConfig) -> set[str]:
         idle.update(("num_key_value_heads", "head_dim", "qk_norm", "qk_norm_full"))
     if config.swiglu_limit is None:
         idle.add("swiglu_alpha")
-    if "conv" not in config.layer_types:
+    if not set(config.layer_types) & set(LAYER_KINDS):
         idle.update(_CONV_FIELDS)
     return idle
 
@@ -630,7 +630,7 @@ def config_json(config: ModelConfig) -> dict:
         own = asdict(config.resolved())
         usual = {entry.name: entry.default for entry in fields(ModelConfig)}
         unset = [name for name in _RARE_FIELDS if own[name] == usual[name]]
-        if "conv" not in config.layer_types:
+        if not set(config.layer_types) & set(LAYER_KINDS):
             unset += _CONV_FIELDS
         for name in unset:
             del own[name]

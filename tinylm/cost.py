@@ -82,7 +82,7 @@ def _find_weights(config: ModelConfig, block: type[Block]) -> Iterator[WeightKin
             layer_idx = int(name.split(".")[2])
             count = copies[layer_idx]
             layer_type = small.layer_type(layer_idx)
-            if part == "attention" and layer_type in LAYER_KINDS:
+            if part == "attention" and not small.attends(layer_idx):
                 part = layer_type
         yield WeightKind(part, weight.shape, count, share if ".experts." in name else 1.0)
 
@@ -115,7 +115,7 @@ def keys_seen(config: ModelConfig, seq_len: int) -> int:
     """
     keys = 0
     for layer_idx in range(config.num_hidden_layers):
-        if config.layer_type(layer_idx) in LAYER_TYPES:
+        if config.attends(layer_idx):
             keys += min(seq_len, config.window_of(layer_idx) or seq_len)
     return keys
 
@@ -175,6 +175,9 @@ def cache_bytes(
         positions = length if window is None else min(length, window - 1 + spare)
         stored = sum(heads * size for heads, size in config.cache_shapes(layer_idx))
         numbers += positions * stored
+        kept = config.kept_inputs(layer_idx)
+        if kept:
+            numbers += min(length, kept - 1 + spare) * config.hidden_size
     return batch_size * numbers * dtype.itemsize
 
 # %% ../nbs/16_cost.ipynb #20f02148

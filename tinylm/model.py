@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYER_TYPES', 'LAYER_KINDS', 'Kind', 'NORM_PLACEMENTS', 'shift_labels', 'CoreFields', 'LayerKind', 'register_layer',
-           'VariantFields', 'OptionalParts', 'ModelConfig', 'Block', 'find_tokens', 'count_tokens', 'block_name',
-           'name_block', 'Decoder', 'TinyLM']
+           'VariantFields', 'OptionalParts', 'ModelConfig', 'Block', 'attention_options', 'find_tokens', 'count_tokens',
+           'block_name', 'name_block', 'Decoder', 'TinyLM']
 
 # %% ../nbs/15_model.ipynb #acea4932
 import math
@@ -54,6 +54,8 @@ LAYER_TYPES = ("full_attention", "sliding_attention")  # attention to all positi
 class LayerKind(Protocol):
     """What a layer needs so that it can stand in place of attention."""
 
+    attends: bool  # whether it compares every query with the keys before it
+
     @classmethod
     def from_config(cls, config: "ModelConfig", layer_idx: int) -> nn.Module:
         """Make the layer; its `forward` takes the arguments of `Attention.forward`."""
@@ -76,6 +78,13 @@ class LayerKind(Protocol):
     @staticmethod
     def cache_window(config: "ModelConfig") -> int | None:
         """Return how many positions a token sees, itself included; None: all."""
+
+    @staticmethod
+    def kept_inputs(config: "ModelConfig") -> int:
+        """Return how many inputs (B, T, D) of the layer a token needs, its own included.
+
+        A cache keeps them beside its two tensors; 0: none are needed.
+        """
 
 
 LAYER_KINDS: dict[str, type[LayerKind]] = {}  # further kinds of layers, by the name of their type
@@ -368,6 +377,16 @@ class ModelConfig(OptionalParts, VariantFields, CoreFields):
         size = self.rotated_size()
         return precompute_rope(size, length, theta, scaling, self.partial_rotary_factor)
 
+    def kept_inputs(self, layer_idx: int) -> int:
+        """Return how many inputs of a layer a cache keeps for a token, its own included."""
+        kind = LAYER_KINDS.get(self.layer_type(layer_idx))
+        return 0 if kind is None else kind.kept_inputs(self)
+
+    def attends(self, layer_idx: int) -> bool:
+        """Return whether a layer compares queries with keys."""
+        kind = LAYER_KINDS.get(self.layer_type(layer_idx))
+        return True if kind is None else kind.attends
+
     def cache_shapes(
         self,
         layer_idx: int | None = None,  # which layer; None: one with attention
@@ -430,19 +449,7 @@ class Block(nn.Module):
             return _latent_attention(config, config.kv_lora_rank, self.layer_idx)
 
         # Heads that share keys and values.
-        options: dict = {
-            "hidden_size": config.hidden_size,
-            "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim,
-            "attention_bias": config.attention_bias,
-            "attention_out_bias": config.attention_out_bias,
-            "attention_dropout": config.attention_dropout,
-            "qk_norm": config.qk_norm,
-            "qk_norm_full": config.qk_norm_full,
-            "rms_norm_eps": config.rms_norm_eps,
-            "norm_class": OffsetRMSNorm if config.norm_unit_offset else nn.RMSNorm,
-        }
+        options = attention_options(config)
         other_weights = _other_weights(config)
         if other_weights:
             return ReweightedAttention(**options, **other_weights)
@@ -497,6 +504,24 @@ def _other_weights(config: ModelConfig) -> dict:
     if config.attention_sinks:
         options["attention_sinks"] = True
     return options
+
+
+def attention_options(config: ModelConfig) -> dict:
+    """Return the arguments with which a model of this config makes `Attention`."""
+    config = config.resolved()
+    return {
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "attention_bias": config.attention_bias,
+        "attention_out_bias": config.attention_out_bias,
+        "attention_dropout": config.attention_dropout,
+        "qk_norm": config.qk_norm,
+        "qk_norm_full": config.qk_norm_full,
+        "rms_norm_eps": config.rms_norm_eps,
+        "norm_class": OffsetRMSNorm if config.norm_unit_offset else nn.RMSNorm,
+    }
 
 
 def _latent_attention(config: ModelConfig, kv_lora_rank: int, layer_idx: int) -> MLAttention:

@@ -88,6 +88,9 @@ LAYOUTS: dict[str, ModelConfig] = {  # the kinds of models that the library has
         rope_theta=1e6,
         rope_parameters={"sliding_attention": {"rope_theta": 1e4}},
     ),
+    "GQA, QK-norm, attention after a convolution (Canon)": replace(
+        _gqa, qk_norm=True, layer_types=("canon_attention",) * 2, conv_L_cache=4
+    ),
     "GQA, QK-norm, convolution in layer 1 (LFM2)": replace(
         _gqa, qk_norm=True, layer_types=("conv", "full_attention")
     ),
@@ -189,8 +192,8 @@ def token_by_token(config: ModelConfig, block: type[Block] = Block) -> float:
 @_invariance("ring cache\n= whole")
 def ring(config: ModelConfig, block: type[Block] = Block) -> float | None:
     """Compare a cache that keeps only the window with the whole text."""
-    windows = [config.window_of(layer) for layer in range(config.num_hidden_layers)]
-    if not any(windows):
+    layers = range(config.num_hidden_layers)
+    if not any(config.window_of(i) or config.kept_inputs(i) for i in layers):
         return None  # there is no window to keep
     model = build(config, block)
     whole = model(IDS)
