@@ -10,6 +10,7 @@ __all__ = ['TheirConfig', 'FAMILIES', 'COMPUTED', 'own_weight', 'transposed', 'L
 
 # %% ../nbs/18_checkpoints.ipynb #acea4932
 import copy
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -359,9 +360,15 @@ def load_transformers() -> ModuleType:
     return transformers
 
 
+@functools.cache
+def _usual_config(model_type: str) -> TheirConfig:
+    """Return the config of a family with all its defaults; nobody changes it."""
+    return load_transformers().AutoConfig.for_model(model_type)
+
+
 def _shared_entries(model_type: str) -> dict[str, str]:
     """Return the names that a family has for fields of ModelConfig that it knows."""
-    usual = load_transformers().AutoConfig.for_model(model_type)
+    usual = _usual_config(model_type)
     renamed = FAMILIES[model_type].renamed
 
     # Some are translated by functions. Some families read head_dim without declaring it.
@@ -417,6 +424,21 @@ def _check_computed(theirs: TheirConfig, model_type: str) -> None:
             raise FieldError(entry, setting, f"only {value!r} is computed for {model_type}")
 
 
+def _check_layer_types(hf: dict, family: Family) -> None:
+    """Refuse a list of layer types with others than are computed, or of another length."""
+    layer_types = hf.get("layer_types")
+    if not (family.layer_types and layer_types):
+        return
+    if not set(layer_types) <= set(family.kinds):
+        remedy = f"only {' and '.join(family.kinds)} are computed for {hf['model_type']}"
+        raise FieldError("layer_types", layer_types, remedy)
+    usual = _usual_config(hf["model_type"])
+    num_layers = hf.get("num_hidden_layers", usual.num_hidden_layers)
+    if len(layer_types) != num_layers:
+        remedy = f"give a type for each of the {num_layers} layers"
+        raise FieldError("layer_types", layer_types, remedy)
+
+
 def _read_window(theirs: TheirConfig, family: Family) -> dict:
     """Read the window; a list of layer types can give it to some layers, to all, or to none."""
     window = getattr(theirs, "sliding_window", None)
@@ -424,9 +446,6 @@ def _read_window(theirs: TheirConfig, family: Family) -> dict:
     if not (family.layer_types and layer_types):
         return {}
     kinds = set(layer_types)
-    if not kinds <= set(family.kinds):
-        remedy = f"only {' and '.join(family.kinds)} are computed here"
-        raise FieldError("layer_types", layer_types, remedy)
     if "sliding_attention" in kinds and not window:
         raise FieldError("sliding_window", window, "layer_types asks for a number")
 
@@ -466,6 +485,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
 
     # Their class knows the defaults of the family.
     family = FAMILIES[model_type]
+    _check_layer_types(hf, family)
     theirs = load_transformers().AutoConfig.for_model(**copy.deepcopy(hf))
     _check_computed(theirs, model_type)
 

@@ -75,9 +75,10 @@ def _find_weights(config: ModelConfig, block: type[Block]) -> Iterator[WeightKin
     for name, weight in model.named_parameters():
         part = next((part for place, part in PARTS.items() if place in name), "other")
         is_layer = name.startswith("model.layers.")
+        is_bias = name.endswith("bias")  # those of experts are one tensor with two dimensions
         yield WeightKind(
             part,
-            weight.shape,
+            weight.flatten().shape if is_bias else weight.shape,
             copies[int(name.split(".")[2])] if is_layer else 1,
             share if ".experts." in name else 1.0,
         )
