@@ -212,12 +212,12 @@ def test_three_training_steps_are_the_same(family, tmp_path):
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.02) for model in (ours, theirs)]
     for _ in range(3):
         losses = (ours(IDS, IDS), theirs(IDS, labels=IDS).loss)
-        for loss, optimizer in zip(losses, optimizers):
+        for loss, optimizer in zip(losses, optimizers, strict=True):
             optimizer.zero_grad()
             loss.backward()
         assert abs(losses[0] - losses[1]) < 2e-5
         with_gradients = copy.deepcopy(ours)
-        for weight, original in zip(with_gradients.parameters(), ours.parameters()):
+        for weight, original in zip(with_gradients.parameters(), ours.parameters(), strict=True):
             weight.data.copy_(original.grad)
         gradients = dict(theirs.named_parameters())
         for name, views in their_tensors(with_gradients, layout).items():
@@ -376,7 +376,9 @@ def tokenizer():
     return Tokenizer.train(["where do the ducks swim? in the pond. "] * 9, 300)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "smollm3", "gpt2", "mixtral", "olmoe", "deepseek_v3", *NEW])
+@pytest.mark.parametrize(
+    "family", ["qwen2", "smollm3", "gpt2", "mixtral", "olmoe", "deepseek_v3", *NEW]
+)
 def test_fine_tuning_starts_from_what_can_be_asked_to_write(family, tokenizer, tmp_path):
     tokenizer.hf_tokenizer.chat_template = CHATML_TEMPLATE
     theirs = make_theirs(family, tmp_path / "model", vocab_size=len(tokenizer))
