@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TheirConfig', 'FAMILIES', 'COMPUTED', 'own_weight', 'transposed', 'Layout', 'read_nothing', 'write_nothing', 'Family',
            'write_window', 'write_layer_types', 'experts_transposed', 'load_transformers', 'config_from_hf',
-           'old_entries', 'unsupported_fields', 'config_to_hf', 'files_layout', 'config_json', 'their_tensors', 'fill',
-           'save_model', 'read_config', 'load_weights', 'load_model']
+           'old_entries', 'unsupported_fields', 'config_to_hf', 'files_layout', 'config_json', 'their_name',
+           'their_tensors', 'fill', 'save_model', 'read_config', 'load_weights', 'load_model']
 
 # %% ../nbs/18_checkpoints.ipynb #acea4932
 import copy
@@ -660,14 +660,19 @@ def config_json(config: ModelConfig) -> dict:
     return {"architectures": [architecture], **hf, **old_entries(hf)}
 
 # %% ../nbs/18_checkpoints.ipynb #b10f5cf9
+def their_name(name: str, layout: Layout) -> str:
+    """Return the name that a tensor of ours has in their model."""
+    for pattern, replacement in layout.names.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def their_tensors(model: TinyLM, layout: Layout) -> dict[str, list[Tensor]]:
     """Return every tensor of their model, as views of this model's memory."""
     tensors: dict[str, list[Tensor]] = {}
     for name, weight in model.state_dict().items():
         view = layout.view(name, weight)
-        for pattern, replacement in layout.names.items():
-            name = re.sub(pattern, replacement, name)
-        tensors.setdefault(name, []).append(view)
+        tensors.setdefault(their_name(name, layout), []).append(view)
     return tensors
 
 
