@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -14,7 +15,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tinylm.chat_template import Tokenizer
-from tinylm.checkpoints import load_model, save_model
+from tinylm.checkpoints import FAMILIES as HERE
+from tinylm.checkpoints import load_model, save_model, their_tensors
 from tinylm.hub import load, save
 from tinylm.lora import LoraConfig, add_lora, load_lora, save_lora
 from tinylm.model import ModelConfig, TinyLM
@@ -198,6 +200,52 @@ def test_an_entry_is_computed_or_refused(family, entry, tmp_path):
     if not (entry == "alpha" and "full_attention" in theirs.config.rope_parameters):
         assert entry not in REFUSED, "opened, though nothing here computes it"
     assert difference(ours, theirs) < 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", *NEW])
+def test_three_training_steps_are_the_same(family, tmp_path):
+    theirs = make_theirs(family, tmp_path / "model").requires_grad_(True)
+    ours = load_model(tmp_path / "model").train()
+    # transformers adds the balancing loss only if its router logits are asked for.
+    ours.config = replace(ours.config, router_aux_loss_coef=0.0)
+    layout = HERE[family].layout
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.02) for model in (ours, theirs)]
+    for _ in range(3):
+        losses = (ours(IDS, IDS), theirs(IDS, labels=IDS).loss)
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+        assert abs(losses[0] - losses[1]) < 2e-5
+        with_gradients = copy.deepcopy(ours)
+        for weight, original in zip(with_gradients.parameters(), ours.parameters(), strict=True):
+            weight.data.copy_(original.grad)
+        gradients = dict(theirs.named_parameters())
+        for name, views in their_tensors(with_gradients, layout).items():
+            if name in gradients:
+                gap = torch.cat(views, layout.join) - gradients[name].grad
+                assert gap.abs().max() < 1e-4 * gradients[name].grad.abs().max().clamp(min=1), name
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_new_families_are_read_from_several_files(family, tmp_path):
+    theirs = make_theirs(family, tmp_path / "model")
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="9KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert difference(load_model(tmp_path / "sharded"), theirs) < 1e-3
+
+
+@pytest.mark.parametrize("family", [name for name in HERE if HERE[name].same_file])
+def test_a_model_of_ours_is_saved_as_its_family(family, tmp_path):
+    make_theirs(family, tmp_path / "model")
+    ours = load_model(tmp_path / "model")
+    save_model(ours, tmp_path / "ours")
+    hf = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert hf["model_type"] == family
+    assert difference(ours, AutoModelForCausalLM.from_pretrained(tmp_path / "ours")) < 1e-3
+    again = load_model(tmp_path / "ours")
+    assert again.config == ours.config and torch.equal(again(IDS), ours(IDS))
 
 
 MUST_OPEN = {

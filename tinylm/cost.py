@@ -84,7 +84,9 @@ def _find_weights(config: ModelConfig, block: type[Block]) -> Iterator[WeightKin
             layer_type = small.layer_type(layer_idx)
             if part == "attention" and not small.attends(layer_idx):
                 part = layer_type
-        yield WeightKind(part, weight.shape, count, share if ".experts." in name else 1.0)
+        is_bias = name.endswith("bias")  # those of experts are one tensor with two dimensions
+        shape = weight.flatten().shape if is_bias else weight.shape
+        yield WeightKind(part, shape, count, share if ".experts." in name else 1.0)
 
 
 def count_parameters(

@@ -258,7 +258,7 @@ def _check_layers(config: "ModelConfig") -> None:
     has_all = len(config.layer_types) in (0, L)
     needs_window = "sliding_attention" in config.layer_types
     other_kinds = set(config.layer_types) - set(LAYER_TYPES)
-    lost_window = config.sliding_window and other_kinds and not needs_window
+    lost_window = config.sliding_window and config.layer_types and not needs_window
     rope_types = set(config.rope_parameters or {})
     rules = {
         "no_rope_layers": (all(0 <= i < L for i in config.no_rope_layers), numbers),

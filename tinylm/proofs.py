@@ -54,6 +54,17 @@ _deepseek = replace(
     bias_update_speed=0.001,
 )
 _window_first = ("sliding_attention", "full_attention")
+_after = {"norm_placement": "after", "sliding_window": 4, "layer_types": _window_first}
+_gemma = replace(
+    _gqa,
+    hidden_act="gelu_pytorch_tanh",
+    norm_placement="both",
+    norm_unit_offset=True,
+    query_pre_attn_scalar=12,
+    embedding_multiplier=32**0.5,
+    sliding_window=4,
+    layer_types=_window_first,
+)
 _gpt = replace(
     TINY, learned_positions=True, layer_norm=True, attention_bias=True, hidden_act="gelu_new"
 )
@@ -99,6 +110,23 @@ LAYOUTS: dict[str, ModelConfig] = {  # the kinds of models that the library has
     ),
     "experts in layer 1, MLA, window of 4": replace(
         _mla_experts, mlp_only_layers=(1,), sliding_window=4, layer_types=_window_first
+    ),
+    "GQA, norms after (OLMo 3)": replace(_gqa, qk_norm=True, qk_norm_full=True, **_after),
+    "GQA, caps (Gemma 2)": replace(_gemma, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "GQA, norms before and after (Gemma 3)": replace(
+        _gemma, qk_norm=True, rope_parameters={"sliding_attention": {"rope_theta": 1e3}}
+    ),
+    "short convolution in layer 1 (LFM2)": replace(
+        _gqa, qk_norm=True, layer_types=("conv", "full_attention")
+    ),
+    "experts with biases, sinks (gpt-oss)": replace(
+        _gqa_experts,
+        attention_sinks=True,
+        attention_bias=True,
+        router_bias=True,
+        swiglu_limit=7.0,
+        sliding_window=4,
+        layer_types=_window_first,
     ),
 }
 
