@@ -278,7 +278,7 @@ def targets(model):
     packed = {
         "mlp." + name.split("mlp.")[1]
         for name, weight in model.named_parameters()
-        if weight.ndim == 3
+        if weight.ndim == 3 and "mlp." in name
     }
     if packed and "gate_proj" in linear:  # peft takes these names for the packed experts
         packed |= {

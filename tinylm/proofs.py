@@ -54,7 +54,7 @@ _deepseek = replace(
     bias_update_speed=0.001,
 )
 _window_first = ("sliding_attention", "full_attention")
-_after = {"norm_placement": "after", "sliding_window": 4, "layer_types": _window_first}
+_after: dict = {"norm_placement": "after", "sliding_window": 4, "layer_types": _window_first}
 _gemma = replace(
     _gqa,
     hidden_act="gelu_pytorch_tanh",
