@@ -1,19 +1,46 @@
 """Two processes give the losses of one process for the same global batch, in every stage."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from preloaded import python
 
 from tinylm.checkpoints import load_model
 
-ROOT = Path(__file__).resolve().parent.parent
+# Processes as torchrun starts them: one more process holds the store in which they find each other,
+# so that no port has to be free. (torchrun itself starts what tests/test_cli.py and
+# tests/test_runs.py run in two processes.)
+RANKS = """
+import os, signal, sys
+from torch.distributed import TCPStore
+import tinylm.dpo, tinylm.pretrain, tinylm.sft
+
+reader, writer = os.pipe()
+keeper = os.fork()
+if keeper == 0:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.write(writer, str(store.port).encode())
+    signal.pause()
+
+size = sys.argv[3]
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.read(reader, 9).decode()}
+os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+forks = []
+for rank in range(int(size)):
+    forks.append(os.fork())
+    if forks[-1] == 0:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        break
+else:
+    codes = [os.waitpid(fork, 0)[1] for fork in forks]
+    os.kill(keeper, signal.SIGKILL)
+    sys.exit(any(codes))
+"""
 RUN = """
-import json, sys, time
+import json, os, sys, time
 from functools import partial
 from pathlib import Path
 from tinylm.files import DataConfig
@@ -44,20 +71,18 @@ for stage, name, settings in jobs:
         if name != "uneven":
             raise
         print(error)
-        time.sleep(1)  # the other process may still be connecting to this one
+
+        # The other process may still be connecting to this one.
+        (folder / f"refused-{stage}-{os.environ['RANK']}").touch()
+        while len([*folder.glob(f"refused-{stage}-*")]) < 2:
+            time.sleep(0.01)
 """
 
 
 def run(folder: Path, *jobs: tuple, processes: int = 1) -> list[list[dict]] | str:
     """Return what each job logs, or prints; a job is (stage, name of the run, settings)."""
-    (folder / "run.py").write_text(RUN, "utf-8")
-    launcher = []
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    env["TQDM_DISABLE"] = "1"
-    words = [sys.executable, *launcher, str(folder / "run.py"), str(folder), json.dumps(jobs)]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
+    code = (RANKS if processes > 1 else "") + RUN
+    done = python(code, str(folder), json.dumps(jobs), str(processes))
     assert done.returncode == 0, done.stdout + done.stderr
     logs = [folder / name / "metrics.jsonl" for _, name, _ in jobs]
     return [read_lines(log) for log in logs if log.exists()] or done.stdout
