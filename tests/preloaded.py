@@ -29,6 +29,35 @@ SETTINGS = {
     "CUDA_VISIBLE_DEVICES": "",
 }
 
+# Makes the process that runs it one of several, as torchrun does. One more process holds the store
+# in which they find each other, so that no port has to be free.
+RANKS = """
+import os, signal, sys
+from torch.distributed import TCPStore
+import tinylm.pretrain
+
+reader, writer = os.pipe()
+keeper = os.fork()
+if keeper == 0:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.write(writer, str(store.port).encode())
+    signal.pause()
+
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.read(reader, 9).decode()}
+os.environ |= {"WORLD_SIZE": "SIZE", "LOCAL_WORLD_SIZE": "SIZE"}
+os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+forks = []
+for rank in range(SIZE):
+    forks.append(os.fork())
+    if forks[-1] == 0:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        break
+else:
+    codes = [os.waitpid(fork, 0)[1] for fork in forks]
+    os.kill(keeper, signal.SIGKILL)
+    sys.exit(any(codes))
+"""
+
 
 def python(
     code: str,  # a program
@@ -56,6 +85,14 @@ def python(
         returncode = int(server.stdout.readline())
         texts = [path.read_text("utf-8", errors="replace") for path in (out, err)]
     return subprocess.CompletedProcess([code, *words], returncode, *texts)
+
+
+def ranks(size: int, code: str, *words: str, **settings) -> subprocess.CompletedProcess:
+    """Run a program in several processes that compute together; more arguments as for `python`.
+
+    torchrun itself starts the two processes of tests/test_cli.py and tests/test_runs.py.
+    """
+    return python(RANKS.replace("SIZE", str(size)) + code, *words, **settings)
 
 
 @cache

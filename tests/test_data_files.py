@@ -272,9 +272,9 @@ def test_a_long_document_is_encoded_in_pieces_and_its_bytes_are_counted(
 @pytest.mark.parametrize("alphabet", ["acgt", "+-*/=", " "])
 def test_a_word_of_any_length_is_learned_quickly(alphabet):
     text = "".join(random.Random(0).choices(alphabet, k=300_000))
-    begin = time.monotonic()
+    begin = time.process_time()
     tokenizer = Tokenizer.train([text], 600)
-    assert time.monotonic() - begin < 20  # without a bound, minutes
+    assert time.process_time() - begin < 60  # seconds of computing; without a bound, minutes
     assert max(map(len, tokenizer.hf_tokenizer.get_vocab())) <= 3 * 256
     assert tokenizer.decode(tokenizer.encode(text[:2000])) == text[:2000]
 
@@ -302,8 +302,8 @@ def test_ctrl_c_ends_the_learning_of_a_tokenizer():
 import random
 from tinylm.chat_template import Tokenizer
 text = "".join(random.Random(0).choices("acgt", k=5_000_000))
-print("begins", flush=True)
 try:
+    print("begins", flush=True)
     Tokenizer.train([text], 20_000)
 except KeyboardInterrupt:
     print("interrupted", flush=True)

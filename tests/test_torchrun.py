@@ -1,44 +1,15 @@
 """Two processes give the losses of one process for the same global batch, in every stage."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from preloaded import python
+from preloaded import python, ranks
 
 from tinylm.checkpoints import load_model
 
-# Processes as torchrun starts them: one more process holds the store in which they find each other,
-# so that no port has to be free. (torchrun itself starts what tests/test_cli.py and
-# tests/test_runs.py run in two processes.)
-RANKS = """
-import os, signal, sys
-from torch.distributed import TCPStore
-import tinylm.dpo, tinylm.pretrain, tinylm.sft
-
-reader, writer = os.pipe()
-keeper = os.fork()
-if keeper == 0:
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    os.write(writer, str(store.port).encode())
-    signal.pause()
-
-size = sys.argv[3]
-os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.read(reader, 9).decode()}
-os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-forks = []
-for rank in range(int(size)):
-    forks.append(os.fork())
-    if forks[-1] == 0:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        break
-else:
-    codes = [os.waitpid(fork, 0)[1] for fork in forks]
-    os.kill(keeper, signal.SIGKILL)
-    sys.exit(any(codes))
-"""
 RUN = """
 import json, os, sys, time
 from functools import partial
@@ -81,8 +52,8 @@ for stage, name, settings in jobs:
 
 def run(folder: Path, *jobs: tuple, processes: int = 1) -> list[list[dict]] | str:
     """Return what each job logs, or prints; a job is (stage, name of the run, settings)."""
-    code = (RANKS if processes > 1 else "") + RUN
-    done = python(code, str(folder), json.dumps(jobs), str(processes))
+    start = python if processes == 1 else partial(ranks, processes)
+    done = start(RUN, str(folder), json.dumps(jobs))
     assert done.returncode == 0, done.stdout + done.stderr
     logs = [folder / name / "metrics.jsonl" for _, name, _ in jobs]
     return [read_lines(log) for log in logs if log.exists()] or done.stdout
