@@ -44,10 +44,10 @@ if keeper == 0:
     signal.pause()
 
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.read(reader, 9).decode()}
-os.environ |= {"WORLD_SIZE": "SIZE", "LOCAL_WORLD_SIZE": "SIZE"}
+os.environ |= {"WORLD_SIZE": "{size}", "LOCAL_WORLD_SIZE": "{size}"}
 os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
 forks = []
-for rank in range(SIZE):
+for rank in range({size}):
     forks.append(os.fork())
     if forks[-1] == 0:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -92,7 +92,7 @@ def ranks(size: int, code: str, *words: str, **settings) -> subprocess.Completed
 
     torchrun itself starts the two processes of tests/test_cli.py and tests/test_runs.py.
     """
-    return python(RANKS.replace("SIZE", str(size)) + code, *words, **settings)
+    return python(RANKS.replace("{size}", str(size)) + code, *words, **settings)
 
 
 @cache
@@ -139,6 +139,7 @@ def _work(job: dict) -> None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
         os.dup2(descriptor, number)
         os.close(descriptor)
+    sys.stdin = open(0, closefd=False)  # the old one has been read
     sys.argv = ["-c", *job["words"]]
 
     # As Python does it: the exit code says how the program ended, errors are printed.
