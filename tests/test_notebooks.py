@@ -12,7 +12,7 @@ NOTEBOOKS = [path for path in sorted((ROOT / "nbs").glob("*.ipynb")) if path.nam
 
 # The tests that take long begin first, so that none of them is left over at the end. What is not
 # listed takes a few seconds.
-LONG = "51 56 70 00 71 20 43 15 65 14 55 52 62".split()
+LONG = "51 56 53 54 70 00 72 71 20 43 15 65 14 55 52 62".split()
 NOTEBOOKS.sort(key=lambda path: LONG.index(path.name[:2]) if path.name[:2] in LONG else len(LONG))
 
 RUN = """
