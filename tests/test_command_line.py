@@ -252,6 +252,9 @@ def test_stopped_answer_is_part_of_the_conversation(talk):
     assert talk.messages[1:] == [{"role": "assistant", "content": first}]
 
 
+PATIENCE = 180  # seconds; much more than a busy machine needs
+
+
 class Terminal:
     """A command in a terminal of its own."""
 
@@ -267,52 +270,59 @@ class Terminal:
 
     def wait_for(self, text: str) -> str:
         """Read until a text appears; what came before it."""
-        end = time.monotonic() + 60
-        while text not in self.text and time.monotonic() < end:
-            if select.select([self.screen], [], [], 0.1)[0]:
-                self.text += os.read(self.screen, 4096).decode(errors="replace")
-        assert text in self.text, self.text
+        assert self.read_until(lambda: text in self.text, PATIENCE), self.text
         before, _, self.text = self.text.partition(text)
         return before
 
-    def wait_for_anything(self) -> None:
+    def wait_for_an_answer(self) -> None:
         """Read until something is printed; an untrained model may print only newlines."""
-        end = time.monotonic() + 60
-        while not self.text and time.monotonic() < end:
-            if select.select([self.screen], [], [], 0.1)[0]:
-                self.text += os.read(self.screen, 4096).decode(errors="replace")
-        assert self.text, "nothing was printed"
+        assert self.read_until(lambda: bool(self.printed()), PATIENCE), "nothing was printed"
+
+    def printed(self) -> str:
+        """What was read last, without what the line editor tells the terminal when it stops."""
+        return re.sub(r"\x1b\[[?\d;]*[a-zA-Z]\r?", "", self.text)
 
     def type(self, text: str) -> None:
         os.write(self.screen, text.encode())
 
-    def type_at_prompt(self, text: str) -> None:
-        """Type once the line editor reads the keys.
+    def read_until(self, is_done: Callable[[], bool], seconds: float) -> bool:
+        """Read until something has happened, or for some seconds; whether it has."""
+        end = time.monotonic() + seconds
+        while not is_done() and time.monotonic() < end:
+            with suppress(OSError):  # Linux: reading from a terminal whose command has ended
+                if select.select([self.screen], [], [], 0.05)[0]:
+                    self.text += os.read(self.screen, 4096).decode(errors="replace")
+        return is_done()
 
-        Before that the terminal itself acts on some of them: it drops a Ctrl-D and a character
-        that is erased.
+    def reads_keys(self) -> bool:
+        """Whether the line editor reads the keys.
+
+        If not, the terminal itself acts on some of them: it drops a Ctrl-D and a character that is
+        erased.
         """
         import termios
 
-        end = time.monotonic() + 60
-        while termios.tcgetattr(self.screen)[3] & termios.ICANON and time.monotonic() < end:
-            time.sleep(0.02)
+        return not termios.tcgetattr(self.screen)[3] & termios.ICANON
+
+    def type_at_prompt(self, text: str) -> None:
+        """Type once the line editor reads the keys."""
+        assert self.read_until(self.reads_keys, PATIENCE), self.text
         self.type(text)
 
     def press_until(self, key: str, is_done: Callable[[], bool]) -> None:
         """Press a key until it was understood.
 
         Python looks for a signal before it waits for a key. One that arrives between the two is
-        seen at the next key only, so a person too has to press twice now and then.
+        seen at the next key only, so a person too has to press twice now and then. A busy machine
+        may need seconds to react, and a second Ctrl-C would meet what follows the first.
         """
-        end = time.monotonic() + 60
-        while not is_done() and time.monotonic() < end:
-            self.type_at_prompt(key)
-            if select.select([self.screen], [], [], 1)[0]:
-                with suppress(OSError):  # Linux: reading from a terminal whose command has ended
-                    self.text += os.read(self.screen, 4096).decode(errors="replace")
-                time.sleep(0.2)
-        assert is_done(), self.text
+        for _ in range(PATIENCE // 10):
+            self.read_until(lambda: is_done() or self.reads_keys(), 10)
+            if not is_done():
+                self.type(key)
+            if self.read_until(is_done, 10):
+                return
+        raise AssertionError(self.text)
 
 
 def test_chat_in_a_terminal(run):
@@ -324,7 +334,7 @@ def test_chat_in_a_terminal(run):
     assert "/reset to forget, /save FILE to keep, /exit or Ctrl-D to end" in terminal.wait_for("> ")
     terminal.type_at_prompt("the cat\n")
     terminal.wait_for("the cat\r\n")
-    terminal.wait_for_anything()
+    terminal.wait_for_an_answer()
     terminal.type("\x03")  # Ctrl-C in an answer
     terminal.wait_for("(stopped)")
     terminal.wait_for("> ")

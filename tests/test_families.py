@@ -401,7 +401,7 @@ def test_the_command_tunes_a_model_in_several_files(tokenizer, tmp_path):
     flags += " --train.max-steps 1 --train.batch-size 2 --train.num-threads 1"
     flags += " --train.sample-interval 0"
     command = [sys.executable, "-m", "tinylm", *flags.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-500:]
     model, _ = load(tmp_path / "tuned")
     assert 0 < difference(model, theirs) < 10

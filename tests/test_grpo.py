@@ -3,15 +3,14 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from preloaded import python, ranks
 from torch.testing import assert_close
 
 from tinylm.chat_template import Tokenizer
@@ -354,6 +353,8 @@ def test_no_spread_stops_with_a_usable_checkpoint(place, tmp_path):
 
 
 RUN = """
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -361,47 +362,41 @@ sys.path.insert(0, sys.argv[3])
 from test_grpo import recipe
 from tinylm.grpo import grpo
 
-place, out = Path(sys.argv[1]), Path(sys.argv[2])
+
+def die(event, args):  # when it has computed a little after its second step
+    if event == "os.rename" and os.fspath(args[1]).endswith("step-000002"):
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.02)  # its signal ends the process
+
+
+place, out, way = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[4]
 changes = {"reward": "test_grpo:vowels", "beta": 0.1, "num_iterations": 3}
-config = recipe(place, out, **changes, train={"fsdp": sys.argv[4] == "fsdp"})
-grpo(replace(config, resume=sys.argv[4] == "resume"))
+config = recipe(place, out, **changes, train={"fsdp": way == "fsdp"})
+if way == "die":
+    sys.addaudithook(die)
+grpo(replace(config, resume=way in ("resume", "die")))
 """
 
 
 def test_killed_and_resumed_is_never_stopped(place, tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(RUN, "utf-8")
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-
-    def command(name: str) -> list[str]:
-        words = [str(script), str(place), str(tmp_path / name), str(ROOT / "tests"), "resume"]
-        return [sys.executable, *words]
-
-    subprocess.run(command("whole"), env=env, check=True, timeout=300, capture_output=True)
+    def run(name: str, way: str) -> int:
+        words = (str(place), str(tmp_path / name), str(ROOT / "tests"), way)
+        return python(RUN, *words).returncode
 
     # Kill it between two steps that use the same replies, or wherever it is by then.
-    process = subprocess.Popen(command("killed"), env=env, stdout=subprocess.DEVNULL)
-    checkpoint = tmp_path / "killed" / "checkpoints" / "step-000002"
-    while process.poll() is None and not checkpoint.exists():
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
+    assert run("whole", "resume") == 0
+    assert run("killed", "die") == -signal.SIGVTALRM
+    assert (tmp_path / "killed" / "checkpoints" / "step-000002").exists()
     assert not (tmp_path / "killed" / "model.safetensors").exists()
-    subprocess.run(command("killed"), env=env, check=True, timeout=300, capture_output=True)
+    assert run("killed", "resume") == 0
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_two_processes_equal_one(place, tmp_path, way):
-    script = tmp_path / "run.py"
-    script.write_text(RUN, "utf-8")
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for name, launcher in (("one", []), ("two", two)):
-        words = [str(script), str(place), str(tmp_path / name), str(ROOT / "tests"), way]
-        command = [sys.executable, *launcher, *words]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    for name, start in (("one", python), ("two", partial(ranks, 2))):
+        words = (str(place), str(tmp_path / name), str(ROOT / "tests"), way)
+        done = start(RUN, *words)
         assert done.returncode == 0, done.stdout + done.stderr
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     for row, other in zip(one, two, strict=True):

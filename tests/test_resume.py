@@ -1,59 +1,65 @@
 """A run that is killed at any moment and resumed ends with the bytes of one never stopped."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from preloaded import python
 
-ROOT = Path(__file__).resolve().parent.parent
+# A run that may end itself. Its last argument says when: "birth", as soon as its folder exists;
+# "torn N", while the checkpoint of step N is written; "after N S", when it has computed for S
+# seconds since that checkpoint. Nothing of this depends on how busy the machine is.
 RUN = """
+import os
+import signal
 import sys
+from pathlib import Path
+
 from tinylm.files import DataConfig
 from tinylm.model import ModelConfig
 from tinylm.pretrain import PretrainConfig, TrainConfig, pretrain
 
-out, cache, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
+out, cache, width, *end = sys.argv[1:]
+
+
+def at_birth(event, args, made=[]):
+    if made and event != "os.kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if event == "os.mkdir" and os.fspath(args[0]) == out:
+        made.append(out)
+
+
+def at_a_checkpoint(event, args):
+    if event == "os.rename" and os.fspath(args[1]).endswith(f"step-{int(end[1]):06d}"):
+        if end[0] == "torn":
+            os.truncate(Path(args[0]) / "trainer.pt", 1000)
+            os.kill(os.getpid(), signal.SIGKILL)
+        signal.setitimer(signal.ITIMER_VIRTUAL, float(end[2]))  # its signal ends the process
+
+
 heads = dict(num_attention_heads=2, attention_dropout=0.1)
-model = ModelConfig(hidden_size=32, num_hidden_layers=2, **heads)
+model = ModelConfig(hidden_size=int(width), num_hidden_layers=2, **heads)
 data = DataConfig(stories=300, validation_stories=20, seq_len=256, cache_dir=cache)
 often = dict(eval_interval=7, checkpoint_interval=3, log_interval=1)
 samples = dict(sample_interval=20, sample_tokens=10)
 exact = dict(num_threads=1, device="cpu", precision="fp32")
-train = TrainConfig(max_steps=steps, batch_size=2, **often, **samples, **exact)
+train = TrainConfig(max_steps=60, batch_size=2, **often, **samples, **exact)
+if end:
+    sys.addaudithook(at_birth if end == ["birth"] else at_a_checkpoint)
 pretrain(PretrainConfig(model, data, train, out=out, resume=True))
 """
-STEPS = 60
 
 
-def start(out: Path, cache: Path, steps: int = STEPS) -> subprocess.Popen:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", RUN, str(out), str(cache), str(steps)]
-    return subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def start(out: Path, cache: Path, *end: object, width: int = 32):
+    """Run it, and return its end."""
+    return python(RUN, str(out), str(cache), str(width), *map(str, end))
 
 
-def finish(out: Path, cache: Path, steps: int = STEPS) -> str:
-    process = start(out, cache, steps)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def wait_for(process: subprocess.Popen, condition) -> None:
-    while process.poll() is None and not condition():
-        time.sleep(0.001)
-
-
-def kill(process: subprocess.Popen) -> None:
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+def finish(out: Path, cache: Path) -> None:
+    done = start(out, cache)
+    assert done.returncode == 0, done.stderr
 
 
 def lines(out: Path) -> list[dict]:
@@ -74,21 +80,15 @@ def test_killed_and_resumed_is_never_stopped(whole, tmp_path):
     expected, cache = whole
     out = tmp_path / "killed"
     rng = random.Random(0)
-    writing = out / "checkpoints"
-
-    def torn() -> bool:
-        return any(writing.glob(".step*"))
-
     for attempt in range(5):
-        process = start(out, cache)
-        at = STEPS * (attempt + 1) // 6
-        wait_for(process, lambda at=at: (writing / f"step-{at // 3 * 3:06d}").exists())
+        step = 9 * (attempt + 1)
         if attempt % 2:
-            wait_for(process, torn)  # in the middle of writing a checkpoint
+            done = start(out, cache, "torn", step)  # in the middle of writing a checkpoint
+            assert done.returncode == -signal.SIGKILL, done.stderr
+            assert (out / "checkpoints" / f".step-{step:06d}").exists()
         else:
-            time.sleep(rng.random() * 0.1)
-        assert process.poll() is None, process.communicate()[0]
-        kill(process)
+            done = start(out, cache, "after", step, 0.01 + 0.1 * rng.random())
+            assert done.returncode == -signal.SIGVTALRM, done.stderr
         assert not (out / "model.safetensors").exists(), "the run was over before it was killed"
     finish(out, cache)
     assert (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
@@ -99,9 +99,7 @@ def test_killed_and_resumed_is_never_stopped(whole, tmp_path):
 def test_killed_at_the_very_beginning(whole, tmp_path):
     expected, cache = whole
     out = tmp_path / "early"
-    process = start(out, cache)
-    wait_for(process, out.exists)
-    kill(process)
+    assert start(out, cache, "birth").returncode == -signal.SIGKILL and out.exists()
     finish(out, cache)
     assert (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
 
@@ -113,12 +111,9 @@ def test_a_finished_run_is_not_trained_again(whole):
     assert ((expected / "model.safetensors").read_bytes(), lines(expected)) == before
 
 
-def test_another_model_is_refused(whole, tmp_path):
+def test_another_model_is_refused(whole):
     expected, cache = whole
-    code = RUN.replace("hidden_size=32", "hidden_size=48")
-    command = [sys.executable, "-c", code, str(expected), str(cache), str(STEPS)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
     settings = (expected / "config.yaml").read_bytes()
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    done = start(expected, cache, width=48)
     assert "ValueError: model.hidden_size was 32 in this run and is now 48" in done.stderr
     assert (expected / "config.yaml").read_bytes() == settings

@@ -1,19 +1,17 @@
 """Two processes give the losses of one process for the same global batch, in every stage."""
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from preloaded import python, ranks
 
 from tinylm.checkpoints import load_model
 
-ROOT = Path(__file__).resolve().parent.parent
 RUN = """
-import json, sys, time
+import json, os, sys, time
 from functools import partial
 from pathlib import Path
 from tinylm.files import DataConfig
@@ -44,20 +42,18 @@ for stage, name, settings in jobs:
         if name != "uneven":
             raise
         print(error)
-        time.sleep(1)  # the other process may still be connecting to this one
+
+        # The other process may still be connecting to this one.
+        (folder / f"refused-{stage}-{os.environ['RANK']}").touch()
+        while len([*folder.glob(f"refused-{stage}-*")]) < 2:
+            time.sleep(0.01)
 """
 
 
 def run(folder: Path, *jobs: tuple, processes: int = 1) -> list[list[dict]] | str:
     """Return what each job logs, or prints; a job is (stage, name of the run, settings)."""
-    (folder / "run.py").write_text(RUN, "utf-8")
-    launcher = []
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    env["TQDM_DISABLE"] = "1"
-    words = [sys.executable, *launcher, str(folder / "run.py"), str(folder), json.dumps(jobs)]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
+    start = python if processes == 1 else partial(ranks, processes)
+    done = start(RUN, str(folder), json.dumps(jobs))
     assert done.returncode == 0, done.stdout + done.stderr
     logs = [folder / name / "metrics.jsonl" for _, name, _ in jobs]
     return [read_lines(log) for log in logs if log.exists()] or done.stdout
