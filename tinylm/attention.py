@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'ATTENTIONS', 'causal_mask', 'attend', 'apply_norm', 'Attention', 'sliding_window_mask', 'document_mask',
-           'attention_mask', 'attend_at_once', 'FlexMask', 'choose_attention']
+           'attention_mask', 'attend_at_once', 'FlexMask', 'has_flex_kernel', 'choose_attention']
 
 # %% ../nbs/11_attention.ipynb #f2e946ab
 from functools import cache
@@ -300,14 +300,14 @@ class FlexMask:
         def may_attend(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             """Say for one query and one key what `attention_mask` says for all."""
             query = query + past
-            seen = key <= query
+            visible = key <= query
             if window is not None:
-                seen = seen & (key > query - window)
+                visible = visible & (key > query - window)
             if document_ids is not None:
-                seen = seen & (document_ids[b, query] == document_ids[b, key])
+                visible = visible & (document_ids[b, query] == document_ids[b, key])
             if is_token is not None:
-                seen = (seen & is_token[b, key]) | (key == query)
-            return seen
+                visible = (visible & is_token[b, key]) | (key == query)
+            return visible
 
         # Rows differ only if documents or padding do.
         per_row = document_ids if padding is None else padding
@@ -356,6 +356,14 @@ def _compiled(function, device: torch.device | str):
 ATTENTIONS = ("auto", "sdpa", "flex_attention")  # named as in transformers
 
 
+@torch.compiler.assume_constant_result
+def has_flex_kernel(device: torch.device) -> bool:
+    """Say whether FlexAttention has its fast kernel: on a recent GPU, with Triton."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def choose_attention(
     name: str,  # of ATTENTIONS
     device: torch.device,  # where the model is
@@ -371,9 +379,7 @@ def choose_attention(
     if name != "auto":
         return name
 
-    # It pays for packed rows, which have one length, in 16-bit numbers on a recent GPU.
+    # It pays for packed rows, which have one length, in 16-bit numbers.
     is_half = dtype in (torch.bfloat16, torch.float16)
-    if device.type != "cuda" or not has_documents or not is_half or find_spec("triton") is None:
-        return "sdpa"
-    is_recent = torch.cuda.get_device_capability(device) >= (8, 0)
-    return "flex_attention" if is_recent else "sdpa"
+    pays = has_documents and is_half and has_flex_kernel(device)
+    return "flex_attention" if pays else "sdpa"
