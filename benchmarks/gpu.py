@@ -176,6 +176,7 @@ def measure_decoding(
 
 def as_row(name: str, figures: dict) -> dict[str, str]:
     """Write the figures of a case as a row of the table."""
+    # A case that failed has a reason instead of figures.
     if "error" in figures:
         texts = ["", "", "", ""]
         attention = figures["error"][:60]
@@ -191,8 +192,13 @@ def as_row(name: str, figures: dict) -> dict[str, str]:
     return {"case": name, "attention": attention, **dict(zip(columns, texts, strict=True))}
 
 
-def measure_all(options: Options, device: str, peak: float) -> dict[str, dict]:
+def measure_all(
+    options: Options,  # of the command line
+    device: str,  # where it is measured
+    peak: float,  # operations per second of the fastest matrix product
+) -> dict[str, dict]:
     """Measure case by case, until the time is over; a case that fails is noted."""
+    # List what is to be done.
     begin = time.perf_counter()
     cases = make_cases(options.dry_run)
     jobs: dict[str, Callable[[], dict]] = {}
@@ -206,6 +212,7 @@ def measure_all(options: Options, device: str, peak: float) -> dict[str, dict]:
                         measure_decoding(model, rows, options, device)
                     )
 
+    # Do it, as long as there is time.
     figures: dict[str, dict] = {}
     for name, job in jobs.items():
         if time.perf_counter() - begin > SECONDS:
@@ -222,6 +229,7 @@ def measure_all(options: Options, device: str, peak: float) -> dict[str, dict]:
 
 def compare(figures: dict[str, dict]) -> dict[str, float]:
     """Compute the ratios that the cases are there for."""
+    # Each ratio is the speed of the first case over that of the second.
     pairs = {
         "flex_attention over dense mask, 25m": ("25m", "25m, dense mask"),
         "flex_attention over dense mask, 350m": ("350m", "350m, dense mask"),
