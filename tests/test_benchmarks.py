@@ -54,6 +54,14 @@ def test_moe_step(tmp_path):
     assert "moe ms" in table and figures["figures"]["fp32"]["moe_over_dense"] > 0
 
 
+def test_gpu_runs_on_a_cpu(tmp_path):
+    table, figures = run("gpu.py", "--dry-run", tmp_path / "gpu.json")
+    assert "MFU" in table and "compiled over eager, 25m" in figures["ratios"]
+    failed = {name: case["error"] for name, case in figures["figures"].items() if "error" in case}
+    assert not failed
+    assert "350m, decoding 8" in figures["figures"]
+
+
 def test_different_work_is_not_compared(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import decode

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'import_block', 'block_errors', 'check_block', 'require_block', 'open_model', 'Origin', 'read_config',
            'beside_run', 'trained_from', 'pretrained_by', 'table', 'usual_values', 'values_of_recipe',
-           'is_first_process', 'print_next', 'as_minutes', 'note_warmup', 'run_pretrain', 'tune', 'run_sft', 'run_dpo',
-           'run_grpo', 'GenerateConfig', 'run_generate', 'ChatConfig', 'run_chat', 'default_text', 'EvaluateConfig',
-           'text_of_run', 'measure_run', 'run_evaluate', 'InfoConfig', 'describe', 'default_info', 'values_to_show',
-           'run_info', 'ExportConfig', 'run_export', 'values_of_search', 'run_sweep', 'SpeedrunConfig',
-           'print_and_start', 'run_speedrun', 'run_exercises', 'Command', 'flags_of', 'class_defaults', 'start']
+           'is_first_process', 'print_next', 'as_minutes', 'note_warmup', 'note_machine', 'run_pretrain', 'tune',
+           'run_sft', 'run_dpo', 'run_grpo', 'GenerateConfig', 'run_generate', 'ChatConfig', 'run_chat', 'default_text',
+           'EvaluateConfig', 'text_of_run', 'measure_run', 'run_evaluate', 'InfoConfig', 'describe', 'default_info',
+           'values_to_show', 'run_info', 'ExportConfig', 'run_export', 'values_of_search', 'run_sweep',
+           'SpeedrunConfig', 'print_and_start', 'run_speedrun', 'run_exercises', 'Command', 'flags_of',
+           'class_defaults', 'start']
 
 # %% ../nbs/68_commands.ipynb #cfecbfbe
 import inspect
@@ -32,7 +33,13 @@ from .chat_template import Tokenizer
 from .corpus import make_corpus
 from .cost import cache_bytes, check_memory, count_parameters, flops_by_part, flops_per_token
 from .dpo import DPOConfig, dpo
-from .engine import choose_device, measure_matmul_peak
+from tinylm.engine import (
+    EngineConfig,
+    choose_device,
+    describe_engine,
+    list_fallbacks,
+    measure_matmul_peak,
+)
 from .evaluate import chat
 from .exercises import ExercisesConfig, exercises
 from .experiments import SweepConfig, sweep
@@ -282,10 +289,22 @@ def note_warmup(config: TrainConfig) -> None:
         note(f"note: {steps}: the learning rate is still rising when the run ends")
 
 
+def note_machine(train: EngineConfig, model: ModelConfig) -> None:
+    """Print how this machine will compute, and what it cannot compute in the fastest way."""
+    try:
+        settings = describe_engine(train, model)
+    except FieldError as error:
+        raise error.within("train") from None
+    note("machine: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+    for line in list_fallbacks(train, model):
+        note(f"note: {line}")
+
+
 def run_pretrain(config: PretrainConfig, block: type[Block]) -> None:
     """Train a model, and measure it."""
     check_block(config.model, block, "the recipe")
     note(f"text: {config.data.path or 'built-in stories'}; run: {config.out}")
+    note_machine(config.train, config.model)
     note_warmup(config.train)
     result = pretrain(config, block=block)
     if not is_first_process():
@@ -304,13 +323,14 @@ def run_pretrain(config: PretrainConfig, block: type[Block]) -> None:
     peak = measure_matmul_peak(device, config.train.precision) / 1e9
     flops = 3 * flops_per_token(result.model.config, seq_len, block) * progress.tokens
     speed = 1e-9 * flops / max(progress.train_seconds, 1e-9)
-    share = f"{speed / peak:.0%} of the {peak:.0f} of a large matrix product"
+    share = f"{speed / peak:.0%} of the {peak:,.0f} GFLOP/s of a large matrix product"
 
     size = sum(weight.numel() for weight in result.model.parameters())
     rows.append(("parameters", f"{size:,}"))
     rows.append(("tokens", f"{progress.tokens:,} in {progress.step:,} steps"))
     rows.append(("time", as_minutes(progress.elapsed)))
-    rows.append(("speed", f"{speed:.1f} GFLOP/s, {share}"))
+    rows.append(("speed", f"{speed:,.1f} GFLOP/s"))
+    rows.append(("MFU", share))
     print(table(rows))
     prompt = config.train.sample_prompt
     print_next("generate", result.out, block, f" --prompt {shlex.quote(prompt)}" if prompt else "")
@@ -554,8 +574,13 @@ def run_info(config: InfoConfig, block: type[Block]) -> None:
         model = replace(config.model, vocab_size=config.data.vocab_size)
         seq_len = config.data.seq_len
 
+    # A recipe also says how it would be trained here.
+    sections = describe(model, seq_len, block)
+    if not config.run:
+        sections["training on this machine"] = {**describe_engine(config.train, model)}
+
     # Whole numbers get commas.
-    for title, values in describe(model, seq_len, block).items():
+    for title, values in sections.items():
         rows = []
         for name, value in values.items():
             shown = f"{value:,}" if type(value) is int else str(value)

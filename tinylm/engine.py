@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'Loss', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'Precision', 'choose_precision', 'matmul_precision',
-           'choose_device', 'join_processes', 'EngineConfig', 'StepResult', 'next_token_loss', 'LocalEngine', 'Engine',
-           'keep_freed_memory', 'measure_matmul_peak']
+           'choose_device', 'join_processes', 'EngineConfig', 'choose_compile', 'check_attention', 'StepResult',
+           'next_token_loss', 'LocalEngine', 'Engine', 'keep_freed_memory', 'describe_engine', 'list_fallbacks',
+           'measure_matmul_peak']
 
 # %% ../nbs/41_engine.ipynb #466d3717
 import atexit
 import ctypes
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -24,8 +27,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.benchmark import Timer
 
+from .attention import ATTENTIONS, choose_attention, has_flex_kernel
 from .basics import FieldError, check_fields
-from .model import IGNORE_INDEX, TinyLM, count_tokens, shift_labels
+from .model import IGNORE_INDEX, ModelConfig, TinyLM, count_tokens, shift_labels
 from .moe import update_router_biases
 from tinylm.optim import (
     OptimConfig,
@@ -60,7 +64,12 @@ def choose_precision(name: str, device: torch.device) -> str:
     """Return what "auto" stands for on a device: bfloat16 where there are units for it."""
     if name != "auto":
         return name
-    return "bf16" if muon_dtype(device) == torch.bfloat16 else "bf16_matmul"
+
+    # CUDA computes with bfloat16 on older GPUs, too, but slowly.
+    has_units = muon_dtype(device) == torch.bfloat16
+    if device.type == "cuda":
+        has_units = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_units else "bf16_matmul"
 
 
 @contextmanager
@@ -75,15 +84,25 @@ def matmul_precision(name: str) -> Iterator[None]:
 
 # %% ../nbs/41_engine.ipynb #9b299173
 def choose_device(name: str) -> torch.device:
-    """Return the device of this process; under `torchrun` each process has its own GPU."""
-    has_gpu = torch.cuda.is_available()
-    if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not has_gpu):
-        count = "a" if has_gpu else "no"
-        remedy = f"give cpu or auto, or cuda (PyTorch sees {count} GPU here)"
-        raise FieldError("device", name, remedy)
-    if name == "cpu" or not has_gpu:
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    """Return the device of this process; under `torchrun` each process has its own GPU.
+
+    "auto" is an Nvidia or AMD GPU (cuda), else an Apple GPU (mps), else the CPU.
+    """
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if name not in ("auto", "cpu") and not has.get(name):
+        gpus = [gpu for gpu, is_available in has.items() if is_available]
+        here = f"PyTorch sees {' and '.join(gpus) or 'no GPU'} here"
+        raise FieldError("device", name, f"give cpu or auto, or {' or '.join(has)} ({here})")
+    if name == "mps" and not is_alone:
+        raise FieldError("device", name, "it works with one process only; give cpu for several")
+
+    # The best that there is.
+    if name == "cuda" or (name == "auto" and has["cuda"]):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if name == "mps" or (name == "auto" and has["mps"] and is_alone):
+        return torch.device("mps")
+    return torch.device("cpu")
 
 
 def join_processes(device: torch.device) -> tuple[int, int]:  # rank, world size
@@ -106,9 +125,13 @@ class EngineConfig(OptimConfig):
     grad_accum_steps: int = 1  # micro-batches in an optimizer step: less memory, the same gradient
     grad_clip: float = 1.0  # longest gradient, longer ones are shortened to it; 0: off
     precision: str = "auto"  # "fp32", "bf16_matmul" or "bf16" (autocast); "auto": bf16 if it pays
-    compile: bool = False  # torch.compile the model
+    compile: bool | None = None  # torch.compile the model; None: on CUDA, where Triton is installed
+    # need less memory and more time: keep the inputs of layers only, compute them twice
+    gradient_checkpointing: bool = False
+    # masks of packed rows: "sdpa" (dense) or "flex_attention"; "auto": the faster one
+    attn_implementation: str = "auto"
     fsdp: bool = False  # several processes: each holds a part of the weights (FSDP2), not all (DDP)
-    device: str = "auto"  # "cpu", "cuda", or "auto": a GPU if there is one
+    device: str = "auto"  # "cpu", "cuda", "mps", or "auto": a GPU if there is one
     num_threads: int | None = None  # CPU threads; None: as PyTorch chooses
     seed: int = 0  # of the weights and of dropout
 
@@ -123,8 +146,64 @@ class EngineConfig(OptimConfig):
             "seed": (0, math.inf),
         }
         check_fields(self, number_rules(self, ranges))
-        is_precision = self.precision in PRECISIONS
-        check_fields(self, {"precision": (is_precision, f"give one of {', '.join(PRECISIONS)}")})
+
+        # Names.
+        precisions = f"give one of {', '.join(PRECISIONS)}"
+        if self.precision in ("fp16", "float16", "half"):
+            precisions += "; float16 would need loss scaling, which bf16 does not"
+        rules = {
+            "precision": (self.precision in PRECISIONS, precisions),
+            "attn_implementation": (
+                self.attn_implementation in ATTENTIONS,
+                f"give one of {', '.join(ATTENTIONS)}",
+            ),
+        }
+        check_fields(self, rules)
+
+
+def choose_compile(
+    config: EngineConfig,  # compile, gradient_checkpointing
+    device: torch.device,  # where the model is
+    has_experts: bool = False,  # whether it has experts
+) -> bool:
+    """Say whether the model is compiled; a FieldError if that is asked for and not possible."""
+    # Experts count their tokens, and torch.compile does not let them forget the second count.
+    counts_twice = has_experts and config.gradient_checkpointing
+    has_triton = device.type != "cuda" or find_spec("triton") is not None
+    if config.compile is None:
+        return device.type == "cuda" and has_triton and not counts_twice
+
+    # Who asks for it needs the tools.
+    has_compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "cl"))
+    rules = {
+        "compile": (
+            not config.compile or (has_triton and has_compiler),
+            "torch.compile needs a C++ compiler, and on a GPU Triton (pip install triton)",
+        ),
+        "gradient_checkpointing": (
+            not (config.compile and counts_twice),
+            "a model with experts cannot have it together with compile; give --train.no-compile",
+        ),
+    }
+    check_fields(config, rules)
+    return config.compile
+
+
+def check_attention(
+    config: EngineConfig,  # attn_implementation
+    model: ModelConfig,  # attention_dropout
+    device: torch.device,  # where the model is
+) -> None:
+    """Raise if `attn_implementation` asks for what this device or model cannot have."""
+    if config.attn_implementation != "flex_attention":
+        return
+    name = "attn_implementation"
+    if not has_flex_kernel(device):
+        remedy = f"it needs a recent CUDA GPU and Triton, and this is {device.type}; give auto"
+        raise FieldError(name, config.attn_implementation, remedy)
+    if model.attention_dropout:
+        remedy = "it has no dropout; set model.attention_dropout=0, or give auto"
+        raise FieldError(name, config.attn_implementation, remedy)
 
 # %% ../nbs/41_engine.ipynb #6199becc
 Loss = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]  # batch -> summed loss, targets
@@ -167,8 +246,15 @@ class LocalEngine:
         self.config = config
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
+        self.compiles = choose_compile(config, self.device, bool(model.config.num_experts))
+        check_attention(config, model.config, self.device)
         self.model = model.to(self.device)
+        self.model.model.attn_implementation = config.attn_implementation
+        self.model.model.gradient_checkpointing = config.gradient_checkpointing
         self.loss = loss
+
+        # Apple's GPUs have no float64, so sums are on the CPU there.
+        self.sum_device = torch.device("cpu") if self.device.type == "mps" else self.device
 
         # The model and its loss as one module: the form that torch.compile, DDP and FSDP2 want.
         self.module: nn.Module = nn.Module()
@@ -191,10 +277,10 @@ class LocalEngine:
 
     def add_up(self, losses: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
         """Sum losses and numbers of targets, in float64, over batches and processes."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        total = torch.zeros(2, dtype=torch.float64, device=self.sum_device)
         for loss, targets in losses:
-            count = torch.as_tensor(targets, device=self.device)
-            total += torch.stack([loss.detach().double(), count.double()])
+            count = torch.as_tensor(targets, device=self.sum_device)
+            total += torch.stack([loss.detach().to(self.sum_device).double(), count.double()])
         self.all_reduce(total)
         return total[0].item(), int(total[1].item())
 
@@ -209,9 +295,9 @@ class LocalEngine:
             return None
         targets = (shift_labels(batch["labels"]) != IGNORE_INDEX).sum()
         counts = torch.stack([targets.cpu(), count_tokens(**batch).cpu()])
-        counts = counts.double().to(self.device)
+        counts = counts.double().to(self.sum_device)
         self.all_reduce(counts)
-        return (counts[0] / counts[1].clamp(min=1)).float()
+        return (counts[0] / counts[1].clamp(min=1)).float().to(self.device)
 
     def micro_batches(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """Split the rows of a batch into micro-batches; they stay on its device."""
@@ -291,7 +377,7 @@ class Engine(LocalEngine):
         is_shared = self.world_size > 1
         if is_shared and config.fsdp:
             self.shard()
-        if config.compile:
+        if self.compiles:
             self.module = torch.compile(self.module)  # type: ignore[assignment]
         if is_shared and not config.fsdp:
             wrap = nn.parallel.DistributedDataParallel
@@ -340,6 +426,8 @@ class Engine(LocalEngine):
     def state_dict(self) -> dict:
         """Collect what the next steps depend on, without the weights; all processes call it."""
         mine = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        if self.device.type == "mps":
+            mine = [torch.get_rng_state(), torch.mps.get_rng_state()]
         generators = [mine] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(generators, mine)
@@ -355,7 +443,10 @@ class Engine(LocalEngine):
             restore_optimizer(optimizer, saved)
         cpu, *gpus = state["generators"][self.rank % len(state["generators"])]
         torch.set_rng_state(cpu)
-        torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
+        if self.device.type == "mps" and gpus:
+            torch.mps.set_rng_state(gpus[0])
+        else:
+            torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
 
 # %% ../nbs/41_engine.ipynb #5cc8df61
 M_TRIM_THRESHOLD = -1  # numbers of two settings of glibc's malloc
@@ -369,14 +460,62 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
 
-# %% ../nbs/41_engine.ipynb #a16ca39c
+# %% ../nbs/41_engine.ipynb #01fc9b85
+def describe_engine(
+    config: EngineConfig,  # how is trained
+    model: ModelConfig,  # what is trained
+) -> dict[str, str]:
+    """Say how a training run computes on this machine."""
+    device = choose_device(config.device)
+    check_attention(config, model, device)
+    precision = choose_precision(config.precision, device)
+    compiles = choose_compile(config, device, bool(model.num_experts))
+
+    # In training on packed rows.
+    attention = choose_attention(
+        config.attn_implementation,
+        device,
+        PRECISIONS[precision].autocast or torch.float32,
+        has_documents=True,
+        needs_grad=True,
+        dropout=model.attention_dropout,
+    )
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": precision,
+        "compile": "yes" if compiles else "no",
+        "attention of packed rows": attention,
+    }
+
+
+def list_fallbacks(config: EngineConfig, model: ModelConfig) -> list[str]:
+    """Return a line for each part that this machine cannot compute in the fastest way."""
+    device = choose_device(config.device)
+    lines = []
+    if device.type == "cuda" and find_spec("triton") is None:
+        lines.append("no Triton: the model is not compiled, packed rows use a dense mask")
+    if device.type == "cuda" and choose_precision("auto", device) != "bf16":
+        lines.append("this GPU has no units for bfloat16: float32 instead")
+    if device.type == "mps":
+        lines.append("mps: packed rows use a dense mask, sums of losses are on the CPU")
+    if device.type == "mps" and model.num_experts:
+        lines.append("mps: experts are computed by single products")
+    return lines
+
+# %% ../nbs/41_engine.ipynb #defbf978
 def measure_matmul_peak(device: torch.device | str = "cpu", precision: str = "auto") -> float:
     """Measure floating-point operations per second of the fastest large matrix product."""
-    precision = choose_precision(precision, torch.device(device))
+    device = torch.device(device)
+    precision = choose_precision(precision, device)
     dtype = PRECISIONS[precision].autocast or torch.float32
+
+    # A GPU needs larger products to be busy, and is faster with numbers that are all alike.
+    sizes = (512, 1024, 2048) if device.type == "cpu" else (2048, 4096, 8192)
     rates = []
-    for n in (512, 1024, 2048):
+    for n in sizes:
         x = torch.ones(n, n, device=device, dtype=dtype)
+        if device.type != "cpu":
+            x.normal_()
         timer = Timer("x @ x", globals={"x": x}, num_threads=torch.get_num_threads())
         with matmul_precision(precision):
             measurement = timer.blocked_autorange(min_run_time=0.15)

@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['LAYER_TYPES', 'LAYER_KINDS', 'Kind', 'NORM_PLACEMENTS', 'shift_labels', 'CoreFields', 'LayerKind', 'register_layer',
-           'VariantFields', 'OptionalParts', 'ModelConfig', 'Block', 'attention_options', 'find_tokens', 'count_tokens',
-           'block_name', 'name_block', 'Decoder', 'TinyLM']
+           'VariantFields', 'OptionalParts', 'ModelConfig', 'Block', 'attention_options', 'find_tokens', 'run_once',
+           'run_twice', 'count_tokens', 'block_name', 'name_block', 'Decoder', 'TinyLM']
 
 # %% ../nbs/15_model.ipynb #acea4932
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .attention import Attention, ReweightedAttention
+from .attention import Attention, FlexMask, ReweightedAttention, choose_attention
 from .attention import attention_mask as make_mask
 from .basics import FieldError, check_fields
 from .feedforward import FEED_FORWARDS, OffsetRMSNorm, RMSNorm
@@ -555,6 +557,37 @@ def find_tokens(document_ids: Tensor | None, attention_mask: Tensor | None) -> T
     return attention_mask if document_ids is None else document_ids >= 0
 
 
+@contextmanager
+def _unnoticed(layer: nn.Module) -> Iterator[None]:
+    """Let experts work for a time, and forget what they note down about it."""
+    notes = [(m, m.last, m.load.clone()) for m in layer.modules() if isinstance(m, MoE)]
+    try:
+        yield
+    finally:
+        for experts, last, load in notes:
+            experts.last = last
+            experts.load.copy_(load)
+
+
+def run_once(layer: nn.Module, *inputs: object) -> Tensor:
+    """Apply a layer."""
+    return layer(*inputs)
+
+
+def run_twice(layer: nn.Module, *inputs: object) -> Tensor:
+    """Apply a layer now, and again in the backward pass (Chen et al. 2016, section 3).
+
+    Between the two only its inputs are kept.
+    """
+    if not any(isinstance(module, MoE) for module in layer.modules()):
+        return checkpoint(layer, *inputs, use_reentrant=False)
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), _unnoticed(layer)
+
+    return checkpoint(layer, *inputs, use_reentrant=False, context_fn=contexts)
+
+
 def count_tokens(
     input_ids: Tensor,  # (B, T) token ids
     document_ids: Tensor | None = None,  # (B, T) below 0: padding
@@ -590,6 +623,9 @@ class Decoder(nn.Module):
     # cos and sin of notebook 10, (2, max_position_embeddings, rotary_dim)
     rope: Tensor
     sliding_rope: Tensor  # the same for layers with a window, where they have settings of their own
+
+    attn_implementation = "auto"  # a name of notebook 11: auto, sdpa or flex_attention
+    gradient_checkpointing = False  # compute layers twice in training, to need less memory
 
     def __init__(
         self,
@@ -640,7 +676,7 @@ class Decoder(nn.Module):
         x = self._embed(input_ids, positions)
 
         # One rotary table and one mask for each kind of layer.
-        masks: dict[str, Tensor | None] = {}
+        masks: dict[str, Tensor | FlexMask | None] = {}
         ropes: dict[str, Tensor | None] = {}
         for layer_idx, kind in enumerate(self._layer_types):
             if kind not in masks:
@@ -649,7 +685,8 @@ class Decoder(nn.Module):
                     masks[kind] = LAYER_KINDS[kind].make_mask(self.config, T, past + T, *limits)
                 else:
                     window = self.config.window_of(layer_idx)
-                    masks[kind] = make_mask(T, past + T, window, *limits)
+                    make = FlexMask if self._uses_rule(kind, document_ids, cache) else make_mask
+                    masks[kind] = make(T, past + T, window, *limits)
                 ropes[kind] = self._rope_at(positions, kind)
 
         # Experts are balanced over tokens, not over padding.
@@ -658,8 +695,9 @@ class Decoder(nn.Module):
             token_mask = find_tokens(document_ids, attention_mask)
             others.append(None if token_mask is None else token_mask[:, -T:])
 
+        run = self._way_to_run(cache)
         for layer, kind in zip(self.layers, self._layer_types, strict=True):
-            x = layer(x, ropes[kind], masks[kind], cache, *others)
+            x = run(layer, x, ropes[kind], masks[kind], cache, *others)
         if cache is not None:
             cache.advance(T)
         return self.norm(x)
@@ -672,6 +710,41 @@ class Decoder(nn.Module):
         if self.embed_positions is not None:
             x = x + self.embed_positions.weight[positions]
         return x
+
+    def _uses_rule(self, layer_type: str, document_ids: Tensor | None, cache: object) -> bool:
+        """Say whether layers of a type get a `FlexMask`, which their attention has to know."""
+        device = self.embed_tokens.weight.device
+        dtype = self.embed_tokens.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        choice = choose_attention(
+            self.attn_implementation,
+            device,
+            dtype,
+            has_documents=document_ids is not None,
+            needs_grad=torch.is_grad_enabled(),
+            dropout=self.config.attention_dropout if self.training else 0.0,
+        )
+
+        # An attention with a `forward` of its own gets a tensor.
+        if choice == "sdpa" or cache is not None:
+            return False
+        methods = (Attention.forward, MLAttention.forward)
+        for layer, kind in zip(self.layers, self._layer_types, strict=True):
+            attention = getattr(layer, "self_attn", None)
+            if kind == layer_type and getattr(type(attention), "forward", None) not in methods:
+                return False
+        return True
+
+    def _way_to_run(self, cache: object) -> Callable[..., Tensor]:
+        """Return how a layer is applied: once, or with gradient checkpointing twice."""
+        needs_grad = self.training and torch.is_grad_enabled()
+        if not (self.gradient_checkpointing and needs_grad):
+            return run_once
+        if cache is not None:
+            problem = "gradient_checkpointing and cache are both given"
+            raise ValueError(f"{problem}: a cache is for generation, call eval() first")
+        return run_twice
 
     def _rope_at(self, positions: slice | Tensor, layer_type: str) -> Tensor | None:
         """Return cos and sin at some positions for layers of a type.

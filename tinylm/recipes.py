@@ -242,7 +242,7 @@ class Flag(NamedTuple):
     @property
     def is_switch(self) -> bool:
         """Whether the flag needs no value, as --resume."""
-        return self.kind == "bool" and not self.optional
+        return self.kind == "bool"
 
 
 def describe_field(
@@ -417,7 +417,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Switch(argparse.Action):
-    """Sets a flag without a value: --resume is True, --no-resume is False."""
+    """Sets a flag without a value: --resume is True, --no-resume is False.
+
+    One that may be None takes this word, too.
+    """
 
     def __call__(
         self,
@@ -427,6 +430,11 @@ class _Switch(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         """Store the choice."""
+        if values == "None":
+            setattr(namespace, self.dest, None)
+            return
+        if values:
+            parser.error(f"argument {option_string}: {values!r} is not True, False or None")
         setattr(namespace, self.dest, option_string == self.option_strings[0])
 
 
@@ -451,7 +459,10 @@ def _add_flag(group: Any, flag: Flag) -> None:
     settings: dict[str, Any] = {"dest": flag.name, "default": argparse.SUPPRESS, "help": shown}
     if flag.is_switch:
         words = [spell_flag(flag.name), spell_flag(flag.name, "no-")]
-        group.add_argument(*words, action=_Switch, nargs=0, **settings)
+        if flag.optional:
+            settings["metavar"] = "None"
+        num_words = "?" if flag.optional else 0
+        group.add_argument(*words, action=_Switch, nargs=num_words, **settings)
         return
 
     # A flag with values: how many, and how each is read and shown.
