@@ -1,4 +1,4 @@
-"""Train the default recipe with one small part exchanged, and write nbs/results/parts.json.
+"""Train a recipe of half a million parameters with one small part exchanged, and write nbs/results/parts.json.
 
     python benchmarks/parts.py                                 # every part, with three seeds
     python benchmarks/parts.py --parts gate sinks --seeds 0    # some of the runs, no file
@@ -27,6 +27,7 @@ from tinylm.model import Block, TinyLM
 from tinylm.parts import (
     GatedBlock,
     ReLUSquaredBlock,
+    ShiftBlock,
     SinkBlock,
     SoftcapBlock,
     ValueResidualBlock,
@@ -37,7 +38,9 @@ from tinylm.report import validation_stories
 from tinylm.runs import read_metrics
 from tinylm.token_cache import prepare
 
+RECIPE = Path(__file__).resolve().parent / "parts.yaml"
 PARTS: dict[str, dict] = {
+    "shifts": {"block": ShiftBlock},
     "output gate": {"block": GatedBlock},
     "value residual": {"block": ValueResidualBlock},
     "ReLU squared": {"block": ReLUSquaredBlock},
@@ -48,7 +51,7 @@ STORIES = 300  # for the loss by kind of token
 
 
 def short_recipe(steps: int, out: Path) -> PretrainConfig:
-    """Return the default recipe with fewer steps; the schedule shrinks with them."""
+    """Return the recipe with fewer steps; the schedule shrinks with them."""
     changes = {
         "train.max_steps": steps,
         "train.sample_interval": 0,
@@ -57,7 +60,7 @@ def short_recipe(steps: int, out: Path) -> PretrainConfig:
         "train.checkpoint_interval": 0,
         "out": str(out),
     }
-    return change_fields(read_recipe("default"), changes)
+    return change_fields(read_recipe(str(RECIPE)), changes)
 
 
 def train(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ReLUSquared', 'ReLUSquaredBlock', 'StepwiseAttention', 'AttentionBlock', 'GatedAttention', 'GatedBlock',
            'attend_by_hand', 'SoftcapAttention', 'SoftcapBlock', 'SinkAttention', 'SinkBlock', 'GivenValueAttention',
-           'ValueResidualBlock']
+           'ValueResidualBlock', 'tap_mask', 'ShiftBlock']
 
 # %% ../nbs/63_parts.ipynb #fa399ab6
 import torch
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from .attention import Attention, apply_norm, attend, causal_mask
 from .basics import FieldError
+from .kv_cache import FullStore
 from .model import LAYER_TYPES, Block, ModelConfig
 from .moe import MoE
 from .rope import apply_rope
+from .shortconv import mix_neighbors
 
 # %% ../nbs/63_parts.ipynb #f486f80b
 class ReLUSquared(nn.Module):
@@ -278,3 +280,70 @@ class ValueResidualBlock(AttentionBlock):
         h = self.post_attention_layernorm(x)
         x = x + (self.mlp(h, token_mask) if isinstance(self.mlp, MoE) else self.mlp(h))
         return x if self.is_last else torch.cat((x, first), -1)
+
+# %% ../nbs/63_parts.ipynb #f7e89287
+def tap_mask(
+    mask: Tensor | None,  # of attention: (B, 1, T, S) where texts are packed or padded
+    taps: int,  # number of positions that are mixed, the own one included
+) -> Tensor | None:  # (B, T, taps) True = may be read; None: all
+    """Cut the last `taps` positions of each query out of a mask of attention."""
+    if mask is None or mask.ndim < 4:
+        return None  # then nothing but the future is hidden
+    T, S = mask.shape[-2:]
+    padded = F.pad(mask[:, 0], (taps - 1, 0))
+    return torch.stack([padded.diagonal(S - T + tap, 1, 2) for tap in range(taps)], -1)
+
+
+class ShiftBlock(Block):
+    """A block whose attention reads each token together with the three before it."""
+
+    num_taps = 4
+
+    def __init__(
+        self,
+        config: ModelConfig,  # of the model
+        layer_idx: int,  # which layer this is, from 0
+    ):
+        super().__init__(config, layer_idx)
+        self.num_layers = config.num_hidden_layers
+        window = config.window_of(layer_idx)
+        if window is not None and window < self.num_taps:
+            remedy = f"ShiftBlock reads {self.num_taps} positions, use as many or more"
+            raise FieldError("sliding_window", config.sliding_window, remedy)
+        self.taps = nn.Parameter(torch.zeros(config.hidden_size * self.num_taps))
+
+    def shift(
+        self,
+        h: Tensor,  # (B, T, D) normalized input of attention
+        mask: Tensor | None,  # of attention
+        cache,  # keeps earlier inputs; None: there are none
+    ) -> Tensor:  # (B, T, D)
+        """Add the last positions, each times its weights, to h."""
+        B, T, D = h.shape
+        u = h
+        if cache is not None:
+            # A store of its own for each layer, behind those of keys and values.
+            place = self.num_layers + self.layer_idx
+            if len(cache.stores) == place:
+                shapes = ((1, D), (1, 0))
+                store = FullStore(shapes, B, cache.max_length, h.dtype, h.device)
+                cache.stores.append(store)
+            u, _ = cache.update(h[:, None], h[:, None, :, :0], place)
+            u = u[:, 0]
+        weight = self.taps.view(D, 1, self.num_taps)
+        return h + mix_neighbors(u, weight, tap_mask(mask, self.num_taps), T)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, D)
+        rope: Tensor | None = None,  # cos and sin for attention; None: nothing is rotated
+        mask: Tensor | None = None,  # for attention; None: causal
+        cache=None,  # keys and values of earlier calls, and inputs of attention
+        token_mask: Tensor | None = None,  # (B, T) for experts: False is padding
+    ) -> Tensor:  # (B, T, D)
+        """Do what `Block` does, with mixed inputs of attention."""
+        h = self.shift(self.input_layernorm(x), mask, cache)
+        rope = rope if self.use_rope else None
+        x = x + self.self_attn(h, rope, mask, cache, self.layer_idx)
+        h = self.post_attention_layernorm(x)
+        return x + (self.mlp(h, token_mask) if isinstance(self.mlp, MoE) else self.mlp(h))
