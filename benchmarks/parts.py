@@ -1,21 +1,25 @@
-"""Train a recipe of half a million parameters with one small part exchanged, and write nbs/results/parts.json.
+"""Train a small recipe with one part exchanged, and write nbs/results/parts.json.
 
     python benchmarks/parts.py                                 # every part, with three seeds
-    python benchmarks/parts.py --parts gate sinks --seeds 0    # some of the runs, no file
+    python benchmarks/parts.py --parts sinks --seeds 0         # some of the runs, no file
+    python benchmarks/parts.py --finished                      # the file, from the runs so far
 
 Every run keeps its folder in --out, so a script that was stopped goes on where it was, and finished
 runs are read. All parts get the same training FLOPs as the baseline.
 """
 
 import argparse
+import json
 import os
 import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from record import interval, percent, write
+from torch import Tensor
 
 from tinylm.checkpoints import load_model
 from tinylm.cost import count_parameters
@@ -25,11 +29,13 @@ from tinylm.evaluate import loss_by_kind
 from tinylm.experiments import ablate, step_flops
 from tinylm.model import Block, TinyLM
 from tinylm.parts import (
+    AttentionBlock,
     GatedBlock,
     ReLUSquaredBlock,
     ShiftBlock,
     SinkBlock,
     SoftcapBlock,
+    StepwiseAttention,
     ValueResidualBlock,
 )
 from tinylm.pretrain import PretrainConfig
@@ -47,7 +53,7 @@ PARTS: dict[str, dict] = {
     "sinks": {"block": SinkBlock},
     "softcap": {"block": SoftcapBlock},
 }
-STORIES = 300  # for the loss by kind of token
+STORIES = 100  # for the loss by kind of token
 
 
 def short_recipe(steps: int, out: Path) -> PretrainConfig:
@@ -63,21 +69,64 @@ def short_recipe(steps: int, out: Path) -> PretrainConfig:
     return change_fields(read_recipe(str(RECIPE)), changes)
 
 
-def train(
-    recipe: PretrainConfig,  # of the baseline
-    names: list[str],  # of the parts
-    seeds: list[int],  # of the runs
-) -> list[dict]:  # a row for each run, those of the baseline first
-    """Train the baseline and some parts, or read what was trained before."""
-    return ablate(recipe, {name: PARTS[name] for name in names}, seeds)
+def finished_runs(recipe: PretrainConfig, seeds: list[int]) -> dict[str, dict[int, dict]]:
+    """Read the results of finished runs, by part and seed; those of the baseline come first."""
+    finished: dict[str, dict[int, dict]] = {}
+    for name in ("baseline", *PARTS):
+        folders = {seed: Path(recipe.out, name, f"seed-{seed}") for seed in seeds}
+        for seed, folder in folders.items():
+            result = folder / "result.json"
+            if result.exists():
+                row = json.loads(result.read_text("utf-8"))
+                finished.setdefault(name, {})[seed] = {**row, "folder": folder}
+    return finished
 
 
-def by_kind(recipe: PretrainConfig, run: Path, block: type[Block]) -> dict[str, float]:
+def by_kind(
+    recipe: PretrainConfig,  # of the runs
+    run: Path,  # folder of one of them
+    block: type[Block],  # what its model is made of
+) -> dict[str, float]:
     """Return nats above the floor for each kind of token, over the first validation stories."""
     prepared = prepare(recipe.data)
     stories = validation_stories(prepared)[:STORIES]
     losses = loss_by_kind(load_model(run, block=block), prepared.tokenizer, stories)
     return {entry.kind: entry.loss - entry.floor for entry in losses}
+
+
+class LogitRecorder(StepwiseAttention):
+    """Attention that remembers its largest logit."""
+
+    largest = 0.0
+
+    def mix(
+        self,
+        q: Tensor,  # (B, H, T, d) rotated queries
+        k: Tensor,  # (B, K, S, d) rotated keys
+        v: Tensor,  # (B, K, S, d) values
+        mask: Tensor | None,  # True = may attend; None: causal
+    ) -> Tensor:  # (B, H, T, d)
+        """Look at the logits, then go on as usual."""
+        keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        logits = q @ keys.mT * q.shape[-1] ** -0.5
+        hidden = torch.zeros((), dtype=torch.bool) if mask is None else ~mask
+        self.largest = max(self.largest, logits.masked_fill(hidden, 0.0).abs().max().item())
+        return super().mix(q, k, v, mask)
+
+
+class LogitRecorderBlock(AttentionBlock):
+    """A block with `LogitRecorder`."""
+
+    attention_class = LogitRecorder
+
+
+def largest_logits(recipe: PretrainConfig, run: Path) -> list[float]:
+    """Return the largest attention logit in each layer, over a batch of validation rows."""
+    model = load_model(run, block=LogitRecorderBlock).eval()
+    batch = Batches(prepare(recipe.data).validation, recipe.data.seq_len, 16).batch(0)
+    with torch.no_grad():
+        model.loss_sum(**batch)
+    return [round(layer.self_attn.largest, 2) for layer in model.model.layers]
 
 
 def time_steps(recipe: PretrainConfig, steps: int) -> dict[str, float]:
@@ -105,51 +154,60 @@ def time_steps(recipe: PretrainConfig, steps: int) -> dict[str, float]:
     return {name: round(statistics.median(values[2:]), 3) for name, values in ratios.items()}
 
 
-def figures_of(recipe: PretrainConfig, rows: list[dict], timed_steps: int) -> dict:
+def summary(values: dict[int, float], minus: dict[int, float] | None = None) -> dict:
+    """Return mean and half of the 95% interval over seeds; with `minus`, of differences in pairs.
+
+    A single seed has no interval.
+    """
+    numbers = []
+    for seed, value in values.items():
+        numbers.append(value - minus[seed] if minus else value)
+    figure = interval(numbers)
+    if len(numbers) == 1:
+        figure["half_of_95_interval"] = None
+    by_seed = {str(seed): round(number, 4) for seed, number in zip(values, numbers, strict=True)}
+    return {**figure, "by_seed": by_seed}
+
+
+def figures_of(
+    recipe: PretrainConfig,  # of the baseline
+    runs: dict[str, dict[int, dict]],  # finished runs, by part and seed
+    timed_steps: int,  # for the time of a step
+) -> dict:
     """Summarize the runs: each part, and its difference to the baseline, seed by seed."""
-    floor = read_metrics(Path(recipe.out, "baseline", f"seed-{rows[0]['seed']}"))[-1]["floor"]
+    first_run = next(iter(runs["baseline"].values()))["folder"]
+    floor = read_metrics(first_run)[-1]["floor"]
     speed = time_steps(recipe, timed_steps)
     config = replace(recipe.model, vocab_size=len(prepare(recipe.data).tokenizer))
-    baseline_kinds: list[dict[str, float]] = []
-    baseline: list[float] = []
+
+    # All that is measured, by part, kind of token and seed; "": all tokens.
+    excess: dict[str, dict[str, dict[int, float]]] = {}
     parts = {}
-    for name, changes in {"baseline": {}, **PARTS}.items():
-        block = changes.get("block", Block)
-        group = [row for row in rows if row["name"] == name]
-        excess = [row["excess"] for row in group]
-        kinds = []
-        for row in group:
-            run = Path(recipe.out, name, f"seed-{row['seed']}")
-            kinds.append(by_kind(recipe, run, block))
-        if name == "baseline":
-            baseline = excess
-            baseline_kinds = kinds
+    for name, rows in runs.items():
+        block = PARTS.get(name, {}).get("block", Block)
+        kinds: dict[str, dict[int, float]] = {"": {}}
+        for seed, row in rows.items():
+            kinds[""][seed] = row["excess"]
+            for kind, value in by_kind(recipe, row["folder"], block).items():
+                kinds.setdefault(f"{kind}_tokens_", {})[seed] = value
+        excess[name] = kinds
 
         # The same seed has the same batches, so differences are taken seed by seed.
-        entry = {
-            "nats_above_the_floor": {**interval(excess), "by_seed": [round(x, 4) for x in excess]},
-            "distance_to_the_floor_percent": interval([percent(x / floor) for x in excess]),
-            "steps": group[0]["steps"],
+        entry: dict = {
+            "distance_to_the_floor_percent": percent(fmean(kinds[""].values()) / floor),
+            "steps": next(iter(rows.values()))["steps"],
             "parameters": count_parameters(config, block)["total"],
             "million_flops_per_step": round(step_flops(recipe, block) / 1e6),
             "time_of_a_step": speed[name],
         }
-        if name != "baseline":
-            entry["minus_baseline_nats"] = paired(excess, baseline)
-        for kind in kinds[0]:
-            values = [losses[kind] for losses in kinds]
-            entry[f"{kind}_tokens_nats_above_the_floor"] = interval(values)
+        for kind, values in kinds.items():
+            entry[f"{kind}nats_above_the_floor"] = summary(values)
             if name != "baseline":
-                others = [losses[kind] for losses in baseline_kinds]
-                entry[f"{kind}_tokens_minus_baseline_nats"] = paired(values, others)
+                entry[f"{kind}minus_baseline_nats"] = summary(values, excess["baseline"][kind])
         parts[name] = entry
-    return {"floor": round(floor, 4), "threads": torch.get_num_threads(), "parts": parts}
 
-
-def paired(values: list[float], others: list[float]) -> dict:
-    """Return the mean of the differences of pairs, with its interval."""
-    differences = [value - other for value, other in zip(values, others, strict=True)]
-    return {**interval(differences), "by_seed": [round(x, 4) for x in differences]}
+    figures = {"floor": round(floor, 4), "parts": parts}
+    return {**figures, "largest_logits_of_the_baseline": largest_logits(recipe, first_run)}
 
 
 def main() -> None:
@@ -158,6 +216,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="only these runs, and no file")
+    parser.add_argument("--finished", action="store_true", help="only read; train nothing")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400, help="of the baseline")
     parser.add_argument("--out", type=Path, default=Path("runs/parts"), help="folder of the runs")
@@ -166,13 +225,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 
+    # Train; finished runs are only read.
     torch.set_num_threads(arguments.threads)
     recipe = short_recipe(arguments.steps, arguments.out)
-    rows = train(recipe, arguments.parts or list(PARTS), arguments.seeds)
+    if not arguments.finished:
+        names = arguments.parts or list(PARTS)
+        ablate(recipe, {name: PARTS[name] for name in names}, arguments.seeds)
+
+    # Write the file, unless only some of the runs were asked for.
     if arguments.parts is None:
-        figures = figures_of(recipe, rows, arguments.timed_steps)
+        runs = finished_runs(recipe, arguments.seeds)
+        seeds = list(runs["baseline"])
+        figures = figures_of(recipe, runs, arguments.timed_steps)
         command = f"python benchmarks/parts.py --steps {arguments.steps}"
-        write("parts", command, arguments.seeds, figures, arguments.commit)
+        write("parts", command, seeds, figures, arguments.commit)
 
 
 if __name__ == "__main__":

@@ -681,9 +681,9 @@ def draw_checkpoint(d: Drawing) -> None:
     500,
     "Where the parts of this page sit",
     "One block from top to bottom: norm, queries keys and values, logits, softmax, mixed values, "
-    "o_proj, then norm and feed-forward. Beside it stand five parts with an arrow to the place that "
-    "each changes: value residual at the values, softcap at the logits, sink at the softmax, gate "
-    "at the mixed values, ReLU squared in the feed-forward layer.",
+    "o_proj, then norm and feed-forward. Beside it stand six parts with an arrow to the place "
+    "that each changes: shifts at the normalized input, value residual at the values, softcap at "
+    "the logits, sink at the softmax, gate at the mixed values, ReLU squared in the feed-forward.",
 )
 def draw_parts(d: Drawing) -> None:
     """Draw a block in steps, and beside each step the part that changes it."""
@@ -708,6 +708,7 @@ def draw_parts(d: Drawing) -> None:
 
     # The parts.
     parts = {
+        76: "shifts: add the\nthree tokens before",
         122: "value residual:\nmix v with layer 0's",
         168: "softcap:\nc tanh(logits / c)",
         214: "sink:\none more key, value 0",
