@@ -711,3 +711,47 @@ def draw_shortconv(d: Drawing) -> None:
     d.text(
         MARGIN, 344, "Red: taps into another document, which the mask removes.", 15, RED, "start"
     )
+
+
+@diagram(
+    "parts",
+    500,
+    "Where the parts of this page sit",
+    "One block from top to bottom: norm, queries keys and values, logits, softmax, mixed values, "
+    "o_proj, then norm and feed-forward. Beside it stand six parts with an arrow to the place "
+    "that each changes: shifts at the normalized input, value residual at the values, softcap at "
+    "the logits, sink at the softmax, gate at the mixed values, ReLU squared in the feed-forward.",
+)
+def draw_parts(d: Drawing) -> None:
+    """Draw a block in steps, and beside each step the part that changes it."""
+    # The stream, and the steps of both branches.
+    d.line((46, 66), (46, 440), color=BLUE, thick=5)
+    d.arrow((46, 430), (46, 480), color=BLUE, thick=5)
+    steps = ["norm", "q, k, v", "q kᵀ / √d", "softmax", "mix the values", "o_proj"]
+    for i, step in enumerate(steps):
+        y = 60 + 46 * i
+        d.box(110, y, 170, 32, step, "main" if i in (2, 3, 4) else "sky", 16)
+        if i:
+            d.arrow((195, y - 14), (195, y - 1))
+    d.arrow((46, 76), (108, 76))
+    d.arrow((110, 306), (61, 306))
+    d.circle(46, 306, 14, "+")
+    for i, step in enumerate(["norm", "feed-forward"]):
+        d.box(110, 356 + 46 * i, 170, 32, step, "gold" if i else "sky", 16)
+    d.arrow((46, 372), (108, 372))
+    d.arrow((195, 388), (195, 401))
+    d.arrow((110, 418), (61, 418))
+    d.circle(46, 418, 14, "+")
+
+    # The parts.
+    parts = {
+        76: "shifts: add the\nthree tokens before",
+        122: "value residual:\nmix v with layer 0's",
+        168: "softcap:\nc tanh(logits / c)",
+        214: "sink:\none more key, value 0",
+        260: "output gate:\ntimes sigmoid(gate x)",
+        418: "ReLU squared:\ndown(relu(up x)²)",
+    }
+    for y, words in parts.items():
+        d.box(330, y - 20, 210, 41, words, "warm", 15)
+        d.arrow((330, y), (283, y))
