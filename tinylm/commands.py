@@ -595,7 +595,11 @@ class ExportConfig:
     quantize: str = ""  # int8 or int4: round the weights, for this library only; "": as they are
 
 
-def write_quantized(model: TinyLM, tokenizer: Tokenizer, folder: Path) -> None:
+def write_quantized(
+    model: TinyLM,  # quantized
+    tokenizer: Tokenizer,  # of the model
+    folder: Path,  # new or empty
+) -> None:
     """Write a quantized model and its tokenizer into a new folder: all of it or nothing."""
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"folder='{folder}' is not empty: give a new one")
