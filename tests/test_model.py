@@ -52,7 +52,7 @@ REFUSED = {
     "there are 4 layers": {"first_k_dense_replace": 5},
     "num_experts=-1": {"num_experts": -1},
     "give full_attention or sliding_attention for each of": {"layer_types": (FULL,)},
-    "each of the 4 layers": {"layer_types": ("full",) * 4},
+    "full is unknown: use full_attention, sliding": {"layer_types": ("full",) * 4},
     "sliding_window=None: layer_types has sliding": {"layer_types": (SLIDING,) * 4},
     "use the keys full_attention or sliding_attention": {"rope_parameters": {"global": {}}},
     "mlp_only_layers=(4,): there are layers 0 to 3": {"mlp_only_layers": (4,)},

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from . import shortconv  # noqa: F401 - adds its kind of layer
 from .basics import FieldError, draft_folder, first_line, one_line_errors
 from .cost import check_memory
 from .model import LAYER_TYPES, Block, ModelConfig, TinyLM, name_block
@@ -361,6 +362,9 @@ def _write_family(config: ModelConfig, model_type: str) -> dict:
     return {**hf, **family.write(config), **family.computed}
 
 
+_CONV_FIELDS = ("conv_L_cache", "conv_bias")  # they concern layers of type conv only
+
+
 def _idle_fields(config: ModelConfig) -> set[str]:
     """Return the fields that do not change what a model of this config computes when it is used."""
     idle = {"router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise", "seq_aux"}
@@ -370,6 +374,8 @@ def _idle_fields(config: ModelConfig) -> set[str]:
         idle.add("intermediate_size")
     if config.kv_lora_rank:
         idle.update(("num_key_value_heads", "head_dim", "qk_norm", "qk_norm_full"))
+    if "conv" not in config.layer_types:
+        idle.update(_CONV_FIELDS)
     return idle
 
 
@@ -428,9 +434,11 @@ def config_json(config: ModelConfig) -> dict:
         hf = config_to_hf(config, same_file)
     except ValueError:
         own = asdict(config.resolved())
-        for name in _RARE_FIELDS:
-            if not own[name]:
-                del own[name]
+        unset = [name for name in _RARE_FIELDS if not own[name]]
+        if "conv" not in config.layer_types:
+            unset += _CONV_FIELDS
+        for name in unset:
+            del own[name]
         return {"model_type": "tinylm", **own}
     architecture = hf["model_type"].capitalize() + "ForCausalLM"
     return {"architectures": [architecture], **hf, **old_entries(hf)}

@@ -140,7 +140,8 @@ def place_words(
     return {**values, name: tuple(words) if takes_many else words[0]}
 
 # %% ../nbs/69_cli.ipynb #75d46dc6
-_SHOW_RECIPE = ("pretrain", "sft", "dpo", "info")  # their --recipe holds values of their flags
+# Their --recipe holds values of their flags.
+_SHOW_RECIPE = ("pretrain", "sft", "dpo", "grpo", "info")
 
 
 def _recipe_flag(argv: list[str]) -> str | None:
@@ -167,7 +168,7 @@ def read_words(name: str, argv: list[str]) -> dict[str, object]:
     if not values.get("resume"):
         usual = {flag.name: flag.default for flag in command.flags}
         run = values.get("run", usual.get("run"))
-        origin = "sft" if name == "dpo" else "pretrain"
+        origin = "sft" if name in ("dpo", "grpo") else "pretrain"
         for folder in run if isinstance(run, (list, tuple)) else [run]:
             if folder:
                 find_run(str(folder), origin)

@@ -6,10 +6,11 @@
 __all__ = ['COMMANDS', 'import_block', 'block_errors', 'check_block', 'require_block', 'open_model', 'Origin', 'read_config',
            'beside_run', 'trained_from', 'pretrained_by', 'table', 'usual_values', 'values_of_recipe',
            'is_first_process', 'print_next', 'as_minutes', 'note_warmup', 'run_pretrain', 'tune', 'run_sft', 'run_dpo',
-           'GenerateConfig', 'run_generate', 'ChatConfig', 'run_chat', 'default_text', 'EvaluateConfig', 'text_of_run',
-           'measure_run', 'run_evaluate', 'InfoConfig', 'describe', 'default_info', 'values_to_show', 'run_info',
-           'ExportConfig', 'write_quantized', 'run_export', 'values_of_search', 'run_sweep', 'SpeedrunConfig',
-           'print_and_start', 'run_speedrun', 'run_exercises', 'Command', 'flags_of', 'class_defaults', 'start']
+           'run_grpo', 'GenerateConfig', 'run_generate', 'ChatConfig', 'run_chat', 'default_text', 'EvaluateConfig',
+           'text_of_run', 'measure_run', 'run_evaluate', 'InfoConfig', 'describe', 'default_info', 'values_to_show',
+           'run_info', 'ExportConfig', 'write_quantized', 'run_export', 'values_of_search', 'run_sweep',
+           'SpeedrunConfig', 'print_and_start', 'run_speedrun', 'run_exercises', 'Command', 'flags_of',
+           'class_defaults', 'start']
 
 # %% ../nbs/68_commands.ipynb #cfecbfbe
 import inspect
@@ -38,6 +39,7 @@ from .exercises import ExercisesConfig, exercises
 from .experiments import SweepConfig, sweep
 from .files import BUILDERS, DataConfig
 from .generate import SamplingConfig, check_vocabulary, stream
+from .grpo import GRPOConfig, grpo
 from .hub import load, save
 from .model import Block, ModelConfig, TinyLM, block_name
 from .pretrain import PretrainConfig, TrainConfig, pretrain
@@ -338,9 +340,9 @@ def run_pretrain(config: PretrainConfig, block: type[Block]) -> None:
 
 # %% ../nbs/68_commands.ipynb #5ffe933e
 def tune(
-    config: Recipe,  # an SFTConfig or a DPOConfig
+    config: Recipe,  # an SFTConfig, a DPOConfig or a GRPOConfig
     block: type[Block],  # what the model is made of
-    stage: Callable,  # `sft` or `dpo`
+    stage: Callable,  # `sft`, `dpo` or `grpo`
     usual: str,  # the command that makes a run to start from
 ) -> None:
     """Run a stage after pretraining, and print what it reached."""
@@ -384,6 +386,11 @@ def run_sft(config: SFTConfig, block: type[Block]) -> None:
 def run_dpo(config: DPOConfig, block: type[Block]) -> None:
     """Tune a run on preferences."""
     tune(config, block, dpo, "sft")
+
+
+def run_grpo(config: GRPOConfig, block: type[Block]) -> None:
+    """Tune a run on rewards."""
+    tune(config, block, grpo, "sft")
 
 # %% ../nbs/68_commands.ipynb #804882b8
 @dataclass
@@ -757,6 +764,13 @@ COMMANDS: dict[str, Command] = {
         run_dpo,
         "Tune a run on preferences, by DPO with the loss of the better answers "
         "(--sft-weight 0: without).",
+        values_of_recipe,
+        (_OWN_RECIPE,),
+    ),
+    "grpo": Command(
+        GRPOConfig,
+        run_grpo,
+        "Tune a run on rewards of its own replies; --reward NAME, or module:function of your own.",
         values_of_recipe,
         (_OWN_RECIPE,),
     ),

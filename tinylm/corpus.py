@@ -41,7 +41,9 @@ class Voice:
         """Draw the index of an option: the only place that uses chance."""
         if cumulative is None:
             return int(self.random() * n)
-        return bisect(cumulative, self.random())  # how many of the sums are not larger
+
+        # Of the sums 0.2, 0.5, 1.0 a number 0.3 falls below the second: option 1.
+        return bisect(cumulative, self.random())
 
     def choose(self, options: Sequence):
         """Choose one of some equally likely options."""

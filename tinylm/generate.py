@@ -32,7 +32,7 @@ def sample(logits: Tensor, uniform: Tensor) -> Tensor:
     # The largest logit is NaN or inf if any logit is; it is -inf if no token may be drawn.
     possible = logits.amax(-1).isfinite()
     if not possible.all():
-        row = possible.int().argmin()
+        row = possible.tolist().index(False)
         raise ValueError(f"row {row} has no token to draw: NaN or inf, or all are forbidden")
 
     # Divide by the last sum, which rounding may leave below a uniform number near 1.

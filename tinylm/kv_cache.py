@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import shortconv  # noqa: F401 - adds its kind of layer
 from .model import ModelConfig
 
 # %% ../nbs/20_kv_cache.ipynb #d43ed05a
@@ -110,7 +111,8 @@ class KVCache:
         device: torch.device | str | None,  # of both
     ) -> FullStore:
         """Make the store of one layer; override this for another kind of store."""
-        return FullStore(config.cache_shapes(), self.batch_size, self.max_length, dtype, device)
+        shapes = config.cache_shapes(layer_idx)
+        return FullStore(shapes, self.batch_size, self.max_length, dtype, device)
 
     def __len__(self) -> int:
         """Return the number of positions read so far."""
@@ -251,7 +253,8 @@ class SlidingCache(KVCache):
         device: torch.device | str | None = None,  # of the model
         spare: int = 16,  # positions that `rewind` can take back
     ):
-        if config.sliding_window is None or spare < 1:
+        windows = [config.window_of(layer) for layer in range(config.num_hidden_layers)]
+        if not any(windows) or spare < 1:
             settings = f"sliding_window is {config.sliding_window}, spare is {spare}"
             remedy = "use KVCache for a model without a window, and 1 or more to spare"
             raise ValueError(f"{settings}: {remedy}")
@@ -269,7 +272,7 @@ class SlidingCache(KVCache):
         window = config.window_of(layer_idx)
         if window is None:
             return super().make_store(config, layer_idx, dtype, device)
-        shapes = config.cache_shapes()
+        shapes = config.cache_shapes(layer_idx)
         sizes = (self.batch_size, self.max_length)
         return WindowStore(shapes, *sizes, dtype, device, window, self.spare)
 
@@ -316,4 +319,5 @@ class Int8Cache(KVCache):
         device: torch.device | str | None,  # of the model
     ) -> FullStore:
         """Make an 8-bit store for each layer."""
-        return Int8Store(config.cache_shapes(), self.batch_size, self.max_length, dtype, device)
+        shapes = config.cache_shapes(layer_idx)
+        return Int8Store(shapes, self.batch_size, self.max_length, dtype, device)

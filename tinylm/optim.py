@@ -6,8 +6,8 @@
 __all__ = ['Schedule', 'SCHEDULES', 'RISING_SCHEDULES', 'OPTIMIZERS', 'muon_dtype', 'orthogonalize', 'gathered', 'scattered',
            'Muon', 'register_schedule', 'wsd', 'cosine', 'linear', 'one_cycle', 'number_rules',
            'optimizer_option_names', 'OptimConfig', 'lr_factor', 'register_optimizer', 'trained_parameters',
-           'is_block_matrix', 'adamw_for', 'muon', 'adamw', 'make_optimizers', 'map_tensors', 'group_settings',
-           'optimizer_state', 'restore_optimizer', 'restore_settings', 'is_same']
+           'is_stack_of_vectors', 'is_block_matrix', 'adamw_for', 'muon', 'adamw', 'make_optimizers', 'map_tensors',
+           'group_settings', 'optimizer_state', 'restore_optimizer', 'restore_settings', 'is_same']
 
 # %% ../nbs/40_optim.ipynb #e6c79c7b
 import inspect
@@ -258,9 +258,18 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def is_stack_of_vectors(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a vector for each channel, as in a depthwise convolution."""
+    return parameter.ndim == 3 and parameter.shape[1] == 1
+
+
 def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix inside a block; factors of LoRA do not count."""
-    return parameter.ndim >= 2 and "layers." in name and "lora_" not in name
+    """Whether a parameter is a matrix inside a block.
+
+    Factors of LoRA do not count, nor do the taps of a convolution: (D, 1, taps) is D vectors.
+    """
+    is_matrix = parameter.ndim >= 2 and not is_stack_of_vectors(parameter)
+    return is_matrix and "layers." in name and "lora_" not in name
 
 
 def adamw_for(
@@ -270,8 +279,8 @@ def adamw_for(
 ) -> list[torch.optim.Optimizer]:
     """Make one AdamW (Loshchilov and Hutter 2019) that decays only matrices; [] for nothing."""
     parameters = list(parameters)
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
+    vectors = [p for p in parameters if p.ndim < 2 or is_stack_of_vectors(p)]
+    matrices = [p for p in parameters if p.ndim >= 2 and not is_stack_of_vectors(p)]
     groups = []
     if matrices:
         groups.append({"params": matrices, "weight_decay": config.weight_decay})

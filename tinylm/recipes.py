@@ -204,10 +204,12 @@ def command_of(folder: Path, usual: str = "pretrain") -> str:
     """Name the command that makes the run of a folder: by its config.yaml, else by its name."""
     if (folder / "config.yaml").exists():
         fields = read_fields(folder / "config.yaml")
+        if "num_generations" in fields:
+            return "grpo"
         if "beta" in fields:
             return "dpo"
         return "sft" if "run" in fields else "pretrain"
-    return folder.name if folder.name in ("sft", "dpo") else usual
+    return folder.name if folder.name in ("sft", "dpo", "grpo") else usual
 
 
 def find_run(run: str | None, usual: str = "pretrain") -> Path:
