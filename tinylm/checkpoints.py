@@ -867,6 +867,14 @@ def _read_tensors(name: str | Path, where: dict[str, str]) -> dict[str, Tensor]:
     return peer.state_dict()
 
 # %% ../nbs/18_checkpoints.ipynb #1cfa69a1
+def _refuse_quantized(name: str | Path, hf: dict) -> None:
+    """Raise for a model of integers, which the notebook `quantize` writes."""
+    entry = hf.get("quantization_config")
+    if isinstance(entry, dict) and entry.get("quant_method") == "tinylm":
+        remedy = "give the model that it was made from; load_quantized opens it to generate"
+        raise ValueError(f"{name} is quantized, and cannot be trained or converted: {remedy}")
+
+
 def load_model(
     name: str | Path,  # a folder, a GGUF file or a name of the hub
     block: type[
@@ -879,6 +887,7 @@ def load_model(
     """
     hf, where = read_config(name)
     folder = Path(where["pretrained_model_name_or_path"])
+    _refuse_quantized(name, hf)
     remedy = "change it, or give another model"
     with one_line_errors(folder / "config.json", remedy):
         config = config_from_hf(hf)

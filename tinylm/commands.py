@@ -8,8 +8,8 @@ __all__ = ['COMMANDS', 'import_block', 'block_errors', 'check_block', 'require_b
            'is_first_process', 'print_next', 'as_minutes', 'note_warmup', 'note_machine', 'run_pretrain', 'tune',
            'run_sft', 'run_dpo', 'run_grpo', 'GenerateConfig', 'run_generate', 'ChatConfig', 'run_chat', 'default_text',
            'EvaluateConfig', 'text_of_run', 'measure_run', 'run_evaluate', 'InfoConfig', 'describe', 'default_info',
-           'values_to_show', 'run_info', 'ExportConfig', 'run_export', 'values_of_search', 'run_sweep',
-           'SpeedrunConfig', 'print_and_start', 'run_speedrun', 'run_exercises', 'Command', 'flags_of',
+           'values_to_show', 'run_info', 'ExportConfig', 'write_quantized', 'run_export', 'values_of_search',
+           'run_sweep', 'SpeedrunConfig', 'print_and_start', 'run_speedrun', 'run_exercises', 'Command', 'flags_of',
            'class_defaults', 'start']
 
 # %% ../nbs/68_commands.ipynb #cfecbfbe
@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 
-from .basics import FieldError, first_line, note
+from .basics import FieldError, draft_folder, first_line, note, write_errors
 from .chat_template import Tokenizer
 from .corpus import make_corpus
 from .cost import cache_bytes, check_memory, count_parameters, flops_by_part, flops_per_token
@@ -49,6 +49,14 @@ from .grpo import GRPOConfig, grpo
 from .hub import load, save
 from .model import Block, ModelConfig, TinyLM, block_name
 from .pretrain import PretrainConfig, TrainConfig, pretrain
+from tinylm.quantize import (
+    find_scheme,
+    load_quantized,
+    prepare_decoding,
+    quantize_model,
+    save_quantized,
+    stored_scheme,
+)
 from tinylm.recipes import (
     Config,
     Flag,
@@ -145,11 +153,25 @@ def open_model(
     run: Path,  # folder of a run, or a checkpoint
     device: str,  # cpu, cuda or auto
     block: type[Block] = Block,  # what the model is made of
+    quantize: str = "",  # int8 or int4: round the weights; "": as they are
 ) -> tuple[TinyLM, Tokenizer]:
     """Return the trained model of a run, and its tokenizer."""
+    if quantize:
+        find_scheme(quantize)  # now, not after the model was read
     require_block(run, block)
+    stored = stored_scheme(run)
+    if stored and quantize:
+        raise FieldError("quantize", quantize, f"{run} is stored as {stored} already, leave it out")
+
+    # A quantized model is read as it is.
     with block_errors(block):
-        model, tokenizer = load(run, block=block)
+        if stored:
+            model = load_quantized(run, block)
+            tokenizer = Tokenizer.from_pretrained(run)
+        else:
+            model, tokenizer = load(run, block=block)
+    if quantize:
+        quantize_model(model, quantize)
     return model.to(choose_device(device)), tokenizer
 
 # %% ../nbs/68_commands.ipynb #22080284
@@ -398,13 +420,15 @@ class GenerateConfig(SamplingConfig):
     prompt: str = ""  # how the text begins
     stop: tuple[str, ...] = ()  # the text ends before the first of these
     device: str = "auto"  # cpu, cuda or auto
+    quantize: str = ""  # int8 or int4: round the weights, to write faster; "": as they are
 
 
 def run_generate(config: GenerateConfig, block: type[Block]) -> None:
     """Write text with a trained model."""
     run = find_run(config.run)
     note(f"opening {run}")
-    model, tokenizer = open_model(run, config.device, block)
+    model, tokenizer = open_model(run, config.device, block, config.quantize)
+    prepare_decoding(model)
     pieces = stream(model, tokenizer, config.prompt, config, config.stop)
     first_piece = next(pieces, "")  # a prompt that is too long fails here, before any output
     print(config.prompt + first_piece, end="", flush=True)
@@ -420,6 +444,7 @@ class ChatConfig(SamplingConfig):
     run: str = "runs/sft"  # folder of the run, or a checkpoint
     system: str = ""  # what the model is told before
     device: str = "auto"  # cpu, cuda or auto
+    quantize: str = ""  # int8 or int4: round the weights, to write faster; "": as they are
     temperature: float = 0.0  # divides the logits; 0: always the most likely token (greedy)
 
 
@@ -427,7 +452,8 @@ def run_chat(config: ChatConfig, block: type[Block]) -> None:
     """Talk with a model, line by line."""
     run = find_run(config.run)
     note(f"opening {run}")
-    model, tokenizer = open_model(run, config.device, block)
+    model, tokenizer = open_model(run, config.device, block, config.quantize)
+    prepare_decoding(model)
     converse(Chat(model, tokenizer, config, config.system), str(run))
 
 # %% ../nbs/68_commands.ipynb #0502e04e
@@ -443,6 +469,7 @@ class EvaluateConfig:
     run: tuple[str, ...] = ("runs/default",)  # folder of the run; several: tinylm evaluate RUN RUN
     data: DataConfig = field(default_factory=default_text)  # the text
     device: str = "auto"  # cpu, cuda or auto
+    quantize: str = ""  # int8 or int4: measure the model with rounded weights; "": as they are
     stories: int = 100  # stories whose questions are asked
     out: str = (
         ""  # folder for report.md, report.json and report.png; "": `report` in that of the last run
@@ -477,7 +504,9 @@ def measure_run(
     block: type[Block],  # what the model is made of
 ) -> Report:
     """Return the report of a run, on text that its own tokenizer encodes."""
-    model, tokenizer = open_model(run, config.device, block)
+    model, tokenizer = open_model(run, config.device, block, config.quantize)
+    if stored_scheme(run) or config.quantize:
+        prepare_decoding(model)  # measured as it writes: with bfloat16 inputs of its products
     check_vocabulary(model, tokenizer, f"run='{run}': its tokenizer")
 
     # The rows must fit into the model, and the measurement into memory.
@@ -594,15 +623,38 @@ class ExportConfig:
 
     run: str = "runs/default"  # folder of the run, or a checkpoint
     out: str = "export"  # new folder
+    quantize: str = ""  # int8 or int4: round the weights, for this library only; "": as they are
+
+
+def write_quantized(
+    model: TinyLM,  # quantized
+    tokenizer: Tokenizer,  # of the model
+    folder: Path,  # new or empty
+) -> None:
+    """Write a quantized model and its tokenizer into a new folder: all of it or nothing."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"folder='{folder}' is not empty: give a new one")
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    token_ids = {name: getattr(tokenizer, name, None) for name in names}
+    remedy = "make room, or give another folder"
+    with write_errors(folder, remedy), draft_folder(folder.resolve().parent) as draft:
+        tokenizer.save_pretrained(draft)
+        save_quantized(model, draft, **token_ids)
+        draft.replace(folder.resolve())  # in one step, also over an empty folder
 
 
 def run_export(config: ExportConfig, block: type[Block]) -> None:
-    """Write a run as a checkpoint for `transformers`."""
+    """Write a run as a checkpoint for `transformers`, or quantized for this library."""
     run = find_run(config.run)
+    if stored_scheme(run):
+        raise FieldError("run", str(run), f"is stored as {stored_scheme(run)}; copy the folder")
     check_writable(Path(config.out))
     note(f"opening {run}, writing {config.out}")
-    model, tokenizer = open_model(run, "cpu", block)
-    save(model, tokenizer, config.out)
+    model, tokenizer = open_model(run, "cpu", block, config.quantize)
+    if config.quantize:
+        write_quantized(model, tokenizer, Path(config.out))
+    else:
+        save(model, tokenizer, config.out)
     print(f"saved: {config.out}")
 
 # %% ../nbs/68_commands.ipynb #b25cc910
