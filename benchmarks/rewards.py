@@ -32,18 +32,11 @@ from tinylm.dpo import DPOConfig, dpo, kl_to_reference
 from tinylm.evaluate import answer_all, as_chat, score_replies
 from tinylm.files import DataConfig
 from tinylm.generate import SamplingConfig
-from tinylm.grpo import (
-    REWARDS,
-    GRPOConfig,
-    ScoredQuestion,
-    exact,
-    grpo,
-    sample_groups,
-    story_questions,
-)
+from tinylm.grpo import GRPOConfig, grpo
 from tinylm.hub import load
 from tinylm.model import TinyLM
 from tinylm.pretrain import TrainConfig
+from tinylm.rollouts import REWARDS, ScoredQuestion, exact, sample_groups, story_questions
 from tinylm.sft import SFTConfig, sft
 
 LONGEST = 24  # tokens of a reply
@@ -222,11 +215,11 @@ class Arm(NamedTuple):
 
 
 ARMS = {
-    "sft": Arm(partial(train_sft, habit=0.8, rate=1e-3), 80),
-    "sft on chosen answers": Arm(train_on_chosen, 80),
-    "rejection sampling": Arm(train_on_right, 60),
-    "dpo": Arm(train_dpo, 60),
-    "dpo on own samples": Arm(train_on_own_pairs, 50),
+    "sft": Arm(partial(train_sft, habit=0.8, rate=1e-3), 200),
+    "sft on chosen answers": Arm(train_on_chosen, 240),
+    "rejection sampling": Arm(train_on_right, 160),
+    "dpo": Arm(train_dpo, 100),
+    "dpo on own samples": Arm(train_on_own_pairs, 80),
     "grpo": Arm(train_grpo, 40),
     "coin": Arm(partial(train_grpo, reward="coin"), 40),
     "mentions": Arm(partial(train_grpo, reward="mentions", max_completion_length=24), 40),
