@@ -250,11 +250,11 @@ def sampled_figures(asked: Asked, count: int) -> dict[str, float]:
     rights = []
     for question, texts in zip(asked.questions, asked.texts, strict=True):
         rights.append([exact(question, text) for text in texts])
-    for k in (1, 8, 64):
+    for k in (1, 8, 32, 64):
         if k <= count:
             values = [pass_at(int(sum(right)), count, k) for right in rights]
             figures[f"pass@{k}"] = percent(values)
-    for n in (8, 64):
+    for n in (8, 32, 64):
         votes, likeliest = [], []
         for question, texts, right, logps in zip(
             asked.questions, asked.texts, rights, asked.logps, strict=True
