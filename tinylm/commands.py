@@ -650,7 +650,12 @@ def run_speedrun(config: SpeedrunConfig, block: type[Block]) -> None:
     # The stages, and the steps of each.
     ramble = {"run": folders["base"], "habit": 0.8, "train.sample_interval": 0}
     adapter = {"lora.r": 4, "train.learning_rate": 8e-3}
-    rewards = {"reward": "exact_sentence", "data.stories": 2000, "train.sample_interval": 0}
+    rewards = {
+        "reward": "exact_sentence",
+        "data.stories": 2000,
+        "train.learning_rate": 5e-4,
+        "train.sample_interval": 0,
+    }
     steps = read_recipe(config.recipe).train.max_steps
     stages: list[tuple[str, str, int, dict]] = [
         ("pretrain", "base", steps, {"recipe": config.recipe}),
