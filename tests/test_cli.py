@@ -121,7 +121,7 @@ import sys
 from tinylm import cli, commands
 
 FEW = {"data.stories": 200, "data.validation_stories": 5}
-FLAGS = {"sft": FEW, "dpo": FEW, "evaluate": {"stories": 5}}
+FLAGS = {"sft": FEW, "dpo": FEW, "grpo": FEW, "evaluate": {"stories": 5}}
 print_and_start = commands.print_and_start
 commands.print_and_start = lambda name, values: print_and_start(name, values | FLAGS.get(name, {}))
 sys.exit(cli.main(sys.argv[1:]))

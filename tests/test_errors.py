@@ -214,8 +214,8 @@ def test_a_speedrun_goes_on(call, place, monkeypatch):
     code, _, errors = call("speedrun --out speed")
     assert code == 2 and "use --resume, --overwrite or another --out" in errors and not typed
     assert call("speedrun --out speed --resume")[0] == 0
-    assert [words[0] for words in typed] == ["pretrain", "sft", "sft", "dpo", "evaluate"]
-    assert all(values["resume"] for _, values in typed[:4])
+    assert [words[0] for words in typed] == ["pretrain", "sft", "sft", "dpo", "grpo", "evaluate"]
+    assert all(values["resume"] for _, values in typed[:5])
     shutil.rmtree(place / "speed")
 
 

@@ -19,28 +19,23 @@ from tinylm.cli import main
 from tinylm.corpus import make_corpus
 from tinylm.files import DataConfig
 from tinylm.generate import SamplingConfig
-from tinylm.grpo import (
-    ADVANTAGES,
-    LOSSES,
-    GRPOConfig,
-    NoSpread,
+from tinylm.grpo import GRPOConfig, NoSpread, grpo
+from tinylm.lora import LoraConfig
+from tinylm.model import IGNORE_INDEX, ModelConfig, TinyLM, shift_labels
+from tinylm.policy_gradients import ADVANTAGES, LOSSES, ReplyTerms, policy_loss
+from tinylm.pretrain import Hook, TrainConfig
+from tinylm.rollouts import (
     QuestionBatches,
-    ReplyTerms,
     ScoredQuestion,
     drop_even_groups,
     exact,
     exact_sentence,
-    grpo,
-    policy_loss,
     reply_batch,
     sample_groups,
     story_questions,
     to_question,
     token_logps,
 )
-from tinylm.lora import LoraConfig
-from tinylm.model import IGNORE_INDEX, ModelConfig, TinyLM, shift_labels
-from tinylm.pretrain import Hook, TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 ANIMALS = "cat dog bird fox".split()

@@ -708,7 +708,7 @@ def print_and_start(name: str, values: dict[str, object]) -> None:
 
 def run_speedrun(config: SpeedrunConfig, block: type[Block]) -> None:
     """Run the whole path from random weights to a chat model."""
-    folders = {name: f"{config.out}/{name}" for name in ("base", "sft", "lora", "dpo")}
+    folders = {name: f"{config.out}/{name}" for name in ("base", "sft", "lora", "dpo", "grpo")}
     if config.share <= 0:
         remedy = "give a number above 0, such as 0.1 for a quick look"
         raise FieldError("share", config.share, remedy)
@@ -727,12 +727,19 @@ def run_speedrun(config: SpeedrunConfig, block: type[Block]) -> None:
     # The stages, and the steps of each.
     ramble = {"run": folders["base"], "habit": 0.8, "train.sample_interval": 0}
     adapter = {"lora.r": 4, "train.learning_rate": 8e-3}
+    rewards = {
+        "reward": "exact_sentence",
+        "data.stories": 2000,
+        "train.learning_rate": 5e-4,
+        "train.sample_interval": 0,
+    }
     steps = read_recipe(config.recipe).train.max_steps
     stages: list[tuple[str, str, int, dict]] = [
         ("pretrain", "base", steps, {"recipe": config.recipe}),
         ("sft", "sft", 500, ramble),
         ("sft", "lora", 1000, {**ramble, **adapter}),
         ("dpo", "dpo", 150, {"run": folders["sft"]}),
+        ("grpo", "grpo", 40, {"run": folders["sft"], **rewards}),
     ]
     for command, name, full_steps, values in stages:
         max_steps = max(1, round(config.share * full_steps))
@@ -801,8 +808,8 @@ COMMANDS: dict[str, Command] = {
     "speedrun": Command(
         SpeedrunConfig,
         run_speedrun,
-        "Pretrain, fine-tune on chats that ramble (all weights, an adapter), tune on preferences, "
-        "and measure all.",
+        "Pretrain, fine-tune on chats that ramble (all weights, an adapter), tune on preferences "
+        "and on rewards, and measure all.",
     ),
     "sweep": Command(
         SweepConfig,

@@ -1,0 +1,363 @@
+"""Compare learning from rewards with other ways to spend the same time; write grpo.json.
+
+    python benchmarks/rewards.py --runs runs/speedrun-0/sft runs/speedrun-1/sft runs/speedrun-2/sft
+    python benchmarks/rewards.py --runs runs/speedrun-0/sft --arms coin mentions
+
+Each way ("arm") starts from the run of `tinylm sft` that is named, and trains on stories that this
+run did not see. The i-th run has the seed i. What is in the file of results is not measured again,
+so a stopped study goes on where it was. All figures are of one thread.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from record import RESULTS, commit, machine
+
+import tinylm.shortconv  # noqa: F401  (adds its kind of layer)
+from tinylm.chat import end_token_ids
+from tinylm.corpus import Question, make_corpus
+from tinylm.dpo import DPOConfig, dpo, kl_to_reference
+from tinylm.evaluate import answer_all, as_chat, score_replies
+from tinylm.files import DataConfig
+from tinylm.generate import SamplingConfig
+from tinylm.grpo import GRPOConfig, grpo
+from tinylm.hub import load
+from tinylm.model import TinyLM
+from tinylm.pretrain import TrainConfig
+from tinylm.rollouts import REWARDS, ScoredQuestion, exact, sample_groups, story_questions
+from tinylm.sft import SFTConfig, sft
+
+LONGEST = 24  # tokens of a reply
+QUESTIONS_OF_SAMPLES = 1500  # questions that a model answers for its own training data
+
+
+class Asked(NamedTuple):
+    """Questions, and what a model samples for them."""
+
+    questions: list[ScoredQuestion]
+    texts: list[list[str]]  # of each question, its sampled replies
+    logps: list[list[float]]  # of each reply
+    tokens: int  # of all replies
+
+
+def coin(question: ScoredQuestion, reply: str) -> float:
+    """Return 0 or 1 by chance: a reward that says nothing."""
+    return float(random.random() < 0.5)
+
+
+def mentions(question: ScoredQuestion, reply: str) -> float:
+    """Return 1 if the last word of the right answer stands anywhere in the reply."""
+    word = (question.answer or "").split()[-1]
+    return float(word in reply.replace(".", " ").split())
+
+
+REWARDS["coin"] = coin
+REWARDS["mentions"] = mentions
+
+
+def sample_replies(
+    run: tuple[TinyLM, object],  # model and tokenizer
+    questions: list[ScoredQuestion],  # what is asked
+    count: int,  # replies to each
+    seed: int,  # of the noise
+    longest: int = LONGEST,  # most tokens of a reply
+) -> Asked:
+    """Sample replies to each question at a temperature of 1."""
+    model, tokenizer = run
+    end_ids = end_token_ids(tokenizer)
+    texts, logps = [], []
+    tokens = 0
+    for begin in range(0, len(questions), 16):
+        part = questions[begin : begin + 16]
+        prompts = [
+            tokenizer.apply_chat_template(q.messages, add_generation_prompt=True) for q in part
+        ]
+        seeds = [seed * 1_000_003 + begin + i for i in range(len(part))]
+        groups = sample_groups(model, prompts, count, SamplingConfig(longest), end_ids, seeds)
+        for group in groups:
+            ids = [[i for i in reply.ids if i not in end_ids] for reply in group]
+            texts.append([tokenizer.decode(row).strip() for row in ids])
+            logps.append([sum(reply.logps) for reply in group])
+            tokens += sum(len(reply.ids) for reply in group)
+    return Asked(questions, texts, logps, tokens)
+
+
+def training_questions(count: int) -> list[ScoredQuestion]:
+    """Return questions about stories that no run was trained on."""
+    stories = make_corpus(count // 2, 1, "train", details=True)
+    questions = [question for story in stories for question in story_questions(story)]
+    return questions[:count]
+
+
+# The arms. Each takes the run to start from, a folder for its own run, the seed and steps.
+
+
+def training(steps: int, rate: float, rows: int, seed: int) -> TrainConfig:
+    """Return the settings that all arms have in common."""
+    return TrainConfig(
+        steps,
+        optimizer="adamw",
+        learning_rate=rate,
+        batch_size=rows,
+        warmup_steps=5,
+        weight_decay=0.0,
+        eval_interval=0,
+        checkpoint_interval=0,
+        sample_interval=0,
+        spike_factor=0,
+        log_interval=5,
+        num_threads=1,
+        seed=seed,
+    )
+
+
+STORIES = DataConfig(seq_len=256, stories=4000, validation_stories=20, seed=1)
+
+
+def train_sft(run: str, out: Path, seed: int, steps: int, habit: float, rate: float) -> TinyLM:
+    """Fine-tune further on chats of the built-in stories."""
+    train = training(steps, rate, 16, seed)
+    return sft(SFTConfig(run=run, data=STORIES, train=train, out=str(out), habit=habit)).model
+
+
+def chosen_lines(path: Path) -> None:
+    """Write the prompts and the chosen answers of DPO's pairs."""
+    from tinylm.dpo import story_pair
+
+    lines = []
+    for story in make_corpus(STORIES.stories, STORIES.seed, "train", details=True):
+        pair = story_pair(story)
+        answer = {"role": "assistant", "content": pair["chosen"]}
+        lines.append(json.dumps({"messages": [*pair["messages"], answer]}))
+    path.write_text("\n".join(lines), "utf-8")
+
+
+def train_on_chosen(run: str, out: Path, seed: int, steps: int) -> TinyLM:
+    """Fine-tune on the chosen answers of DPO's pairs."""
+    path = out.parent / "chosen.jsonl"
+    chosen_lines(path)
+    data = DataConfig(path=str(path), seq_len=256)
+    train = training(steps, 1e-3, 16, seed)
+    return sft(SFTConfig(run=run, data=data, train=train, out=str(out))).model
+
+
+def train_on_right(run: str, out: Path, seed: int, steps: int) -> TinyLM:
+    """Fine-tune on the right ones of one's own samples: rejection sampling."""
+    asked = sample_replies(load(run)[:2], training_questions(QUESTIONS_OF_SAMPLES), 4, seed)
+    lines = []
+    for question, texts in zip(asked.questions, asked.texts, strict=True):
+        right = [text for text in texts if exact(question, text)]
+        for text in sorted(set(right))[:1]:
+            answer = {"role": "assistant", "content": text}
+            lines.append(json.dumps({"messages": [*question.messages, answer]}))
+    path = out.parent / "right.jsonl"
+    path.write_text("\n".join(lines), "utf-8")
+    train = training(steps, 5e-4, 16, seed)
+    data = DataConfig(path=str(path), seq_len=256)
+    return sft(SFTConfig(run=run, data=data, train=train, out=str(out))).model
+
+
+def train_on_own_pairs(run: str, out: Path, seed: int, steps: int) -> TinyLM:
+    """Tune on pairs of a right and a wrong sample of one's own."""
+    asked = sample_replies(load(run)[:2], training_questions(QUESTIONS_OF_SAMPLES), 4, seed)
+    lines = []
+    for question, texts in zip(asked.questions, asked.texts, strict=True):
+        right = sorted({text for text in texts if exact(question, text)})
+        wrong = sorted({text for text in texts if not exact(question, text)})
+        for chosen, rejected in list(zip(right, wrong, strict=False))[:1]:
+            record = {"messages": question.messages, "chosen": chosen, "rejected": rejected}
+            lines.append(json.dumps(record))
+    path = out.parent / "pairs.jsonl"
+    path.write_text("\n".join(lines), "utf-8")
+    data = DataConfig(path=str(path), seq_len=256)
+    train = training(steps, 3e-4, 16, seed)
+    return dpo(DPOConfig(run=run, data=data, train=train, out=str(out))).model
+
+
+def train_dpo(run: str, out: Path, seed: int, steps: int) -> TinyLM:
+    """Tune on DPO's pairs, with the settings of the package."""
+    train = training(steps, DPOConfig().train.learning_rate, 16, seed)
+    return dpo(DPOConfig(run=run, data=STORIES, train=train, out=str(out))).model
+
+
+def train_grpo(
+    run: str,  # the run to start from
+    out: Path,  # folder of the new run
+    seed: int,  # of questions and samples
+    steps: int,  # of training
+    **changes: object,  # fields of `GRPOConfig`; `rate`: the learning rate
+) -> TinyLM:
+    """Learn from rewards."""
+    rate = changes.pop("rate", 3e-4)
+    train = training(steps, float(rate), 256, seed)
+    values = {"num_generations": 16, "advantage": "group_mean", "max_completion_length": 10}
+    config = GRPOConfig(run=run, data=STORIES, train=train, out=str(out), **(values | changes))
+    return grpo(config).model
+
+
+class Arm(NamedTuple):
+    """A way to spend the time."""
+
+    train: Callable[[str, Path, int, int], TinyLM]  # (run, out, seed, steps) -> the model
+    steps: int  # so many that all arms take about the same time
+
+
+ARMS = {
+    "sft": Arm(partial(train_sft, habit=0.8, rate=1e-3), 200),
+    "sft on chosen answers": Arm(train_on_chosen, 240),
+    "rejection sampling": Arm(train_on_right, 160),
+    "dpo": Arm(train_dpo, 100),
+    "dpo on own samples": Arm(train_on_own_pairs, 80),
+    "grpo": Arm(train_grpo, 40),
+    "coin": Arm(partial(train_grpo, reward="coin"), 40),
+    "mentions": Arm(partial(train_grpo, reward="mentions", max_completion_length=24), 40),
+}
+
+
+# What is measured.
+
+
+def pass_at(right: int, count: int, k: int) -> float:
+    """Return the probability that one of k samples is right (Chen et al. 2021, section 2.1)."""
+    return 1 - math.comb(count - right, k) / math.comb(count, k)
+
+
+def first_sentence(text: str) -> str:
+    """Return a reply up to its first full stop."""
+    return text.partition(".")[0]
+
+
+def percent(values: list[float]) -> float:
+    """Return the mean of shares, in percent."""
+    return round(100 * sum(values) / len(values), 2)
+
+
+def sampled_figures(asked: Asked, count: int) -> dict[str, float]:
+    """Return pass@k, majority vote, and the best of n by the model's own probability."""
+    figures: dict[str, float] = {}
+    rights = []
+    for question, texts in zip(asked.questions, asked.texts, strict=True):
+        rights.append([exact(question, text) for text in texts])
+    for k in (1, 8, 32, 64):
+        if k <= count:
+            values = [pass_at(int(sum(right)), count, k) for right in rights]
+            figures[f"pass@{k}"] = percent(values)
+    for n in (8, 32, 64):
+        votes, likeliest = [], []
+        for question, texts, right, logps in zip(
+            asked.questions, asked.texts, rights, asked.logps, strict=True
+        ):
+            heads = Counter(first_sentence(text) for text in texts[:n])
+            winner = heads.most_common(1)[0][0] + "."
+            votes.append(exact(question, winner))
+            best = max(range(min(n, len(texts))), key=lambda i: logps[i])
+            likeliest.append(right[best])
+        if n <= count:
+            figures[f"majority of {n}"] = percent(votes)
+            figures[f"likeliest of {n}"] = percent(likeliest)
+    return figures
+
+
+def held_out() -> list[Question]:
+    """Return the questions that all measurements of the package ask."""
+    stories = make_corpus(100, 0, "heldout", details=True)
+    questions = [question for story in stories for question in story.questions]
+    return [q for q in questions if '"' not in q.prompt.rpartition("?")[2]]
+
+
+def measure(model: TinyLM, reference: TinyLM, tokenizer, count: int) -> dict:
+    """Ask the held-out questions."""
+    questions = held_out()
+    asked = []
+    for question in questions:
+        text, right, _ = as_chat(question)
+        asked.append(ScoredQuestion([{"role": "user", "content": text}], right))
+    prompts = [tokenizer.apply_chat_template(q.messages, add_generation_prompt=True) for q in asked]
+    replies = answer_all(model, tokenizer, prompts, 32, ["<|im_end|>"])
+    scores = score_replies(questions, replies)
+    figures = {name: percent([score.share]) for name, score in scores.items()}
+    figures["words"] = round(sum(len(reply.split()) for reply in replies) / len(replies), 2)
+    figures |= sampled_figures(sample_replies((model, tokenizer), asked, count, 0), count)
+    sampling = SamplingConfig(LONGEST)
+    end_ids = end_token_ids(tokenizer)
+
+    @contextlib.contextmanager
+    def opened():
+        yield reference
+
+    kl = kl_to_reference(model, opened, prompts[:64], sampling, end_ids)
+    figures["kl"] = round(float(kl), 3)
+    figures["replies"] = replies[:4]
+    return figures
+
+
+def last_figures(out: Path) -> dict:
+    """Return what the last lines of a run's log say of rollouts."""
+    lines = (out / "metrics.jsonl").read_text("utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "reward" in row]
+    names = ("reward", "reply_tokens", "entropy", "even_groups", "rollout_tokens_per_second")
+    return {name: [row[name] for row in rows] for name in names} if rows else {}
+
+
+def run_arm(name: str, run: str, seed: int, scale: float, count: int) -> dict:
+    """Train an arm, and measure it."""
+    model, tokenizer = load(run)[:2]
+    if name == "before":
+        return measure(model, model, tokenizer, count)
+    arm = ARMS[name]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        out = Path(folder) / "run"
+        begin = time.process_time()
+        tuned = arm.train(run, out, seed, max(1, round(arm.steps * scale)))
+        seconds = time.process_time() - begin
+        log = last_figures(out)
+    figures = {"steps": round(arm.steps * scale), "cpu_seconds": round(seconds, 1)}
+    return figures | measure(tuned, model, tokenizer, count) | ({"log": log} if log else {})
+
+
+def main() -> None:
+    """Run what is missing, and write the file after each arm."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", nargs="+", required=True, help="runs of `tinylm sft`")
+    parser.add_argument("--arms", nargs="+", default=["before", *ARMS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=None, help="default: all runs")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of all steps")
+    parser.add_argument("--count", type=int, default=16, help="samples of a question")
+    parser.add_argument("--out", type=Path, default=RESULTS / "grpo.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    entry: dict = {"figures": {}}
+    if args.out.exists():
+        entry = json.loads(args.out.read_text("utf-8"))
+    for seed in args.seeds or range(len(args.runs)):
+        for name in args.arms:
+            arm = entry["figures"].setdefault(name, {})
+            if str(seed) in arm:
+                continue
+            arm[str(seed)] = run_arm(name, args.runs[seed], seed, args.scale, args.count)
+            shown = {k: v for k, v in arm[str(seed)].items() if not isinstance(v, list | dict)}
+            print(name, seed, shown, flush=True)
+            entry |= {
+                "command": "python benchmarks/rewards.py --runs RUN-0/sft RUN-1/sft RUN-2/sft",
+                "commit": commit(),
+                "machine": machine(),
+                "seeds": sorted({int(s) for runs in entry["figures"].values() for s in runs}),
+            }
+            args.out.write_text(json.dumps(entry, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
