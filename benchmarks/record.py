@@ -4,6 +4,7 @@
     python benchmarks/record.py speedrun runs/speedrun-0 runs/speedrun-1 runs/speedrun-2
     python benchmarks/record.py loop                          # what makes a step fast
     python benchmarks/record.py trials                        # what makes the recipe good
+    python benchmarks/record.py trials today=runs/a wider=runs/b wider=runs/c  # runs that are done
     python benchmarks/record.py decoding                      # decode.py on a shape of 135M
 
 Each file says how its figures came about: command, commit, date, machine, seeds. Prose that uses a
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from unittest.mock import patch
@@ -271,7 +273,68 @@ def record_trials(steps: int, seeds: list[int]) -> None:
     write("trials", f"python benchmarks/record.py trials --steps {steps}", seeds, figures)
 
 
+<<<<<<< HEAD
 def record_decoding(llama_cpp: Path | None) -> None:
+=======
+def flat(config: dict, prefix: str = "") -> dict:
+    """Name the values of nested settings by their paths: train.seed."""
+    values: dict = {}
+    for name, value in config.items():
+        path = prefix + name
+        values |= flat(value, path + ".") if isinstance(value, dict) else {path: value}
+    return values
+
+
+def record_finished_trials(
+    named: list[str],  # NAME=FOLDER of each run; runs of one name differ in their seed
+    of_runs: str,  # commit of the code that made them
+) -> None:
+    """Write down finished runs, each with what it changes in the first."""
+    folders: dict[str, list[Path]] = {}
+    for argument in named:
+        name, equals, folder = argument.partition("=")
+        if not equals:
+            raise SystemExit(f"{argument}: give NAME=FOLDER")
+        folders.setdefault(name, []).append(Path(folder))
+
+    # What has no part in the result is left out: where the run lies, and how often it reports.
+    silent = ("out", "train.seed", "train.num_threads", "train.tracker", "train.sample_prompt")
+    first: dict = {}
+    figures = {}
+    seeds = set()
+    for name, runs in folders.items():
+        files = [yaml.safe_load((run / "config.yaml").read_text("utf-8")) for run in runs]
+        configs = [flat(asdict(PretrainConfig())) | flat(file) for file in files]  # in full
+        first = first or configs[0]
+        changes = {
+            path: value
+            for path, value in configs[0].items()
+            if path not in silent and "interval" not in path and value != first.get(path)
+        }
+        if changes.get("model.block"):
+            changes["model.block"] = "one of its own"  # a trial's class need not be published
+
+        # The last loss is that of all validation stories in float32; they are packed in rows.
+        ends = [last(run, "validation_loss") for run in runs]
+        losses = [round(end["validation_loss"], 4) for end in ends]
+        distances = [percent(end["validation_loss"] / end["floor"] - 1) for end in ends]
+        of_name = [config["train.seed"] for config in configs]
+        seeds.update(of_name)
+        figures[name] = {
+            "changes": changes if configs[0] is not first else {},
+            "seeds": of_name,
+            "steps": ends[0]["step"],
+            "validation_loss": losses,
+            "distance_to_the_floor_percent": distances,
+        }
+        if len(runs) > 1:
+            figures[name]["distance_over_seeds_percent"] = interval(distances)
+    command = "python benchmarks/record.py trials NAME=FOLDER ..."
+    write("trials", command, sorted(seeds), figures, of_runs)
+
+
+def record_decoding() -> None:
+>>>>>>> help-C2
     """Run decode.py and keep its figures."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "decode.json"
@@ -292,7 +355,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", choices=["default", "speedrun", "loop", "trials", "decoding"])
-    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
+    parser.add_argument("runs", nargs="*", help="folders of finished runs; trials: NAME=FOLDER")
     parser.add_argument("--steps", type=int, default=400, help="of a trial, or to time (loop: 30)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--commit", default="", help="of the code that made finished runs")
@@ -301,13 +364,15 @@ def main() -> None:
 
     # The first two read finished runs, the others measure now.
     if arguments.name == "default":
-        (run,) = arguments.runs
+        (run,) = map(Path, arguments.runs)
         report = json.loads((run.parent / "report" / "report.json").read_text("utf-8"))
         record_default(run, by_name(report)[run.name], arguments.commit)
     elif arguments.name == "speedrun":
-        record_speedrun(arguments.runs, arguments.commit)
+        record_speedrun([Path(run) for run in arguments.runs], arguments.commit)
     elif arguments.name == "loop":
         record_loop(min(arguments.steps, 30))
+    elif arguments.name == "trials" and arguments.runs:
+        record_finished_trials(arguments.runs, arguments.commit)
     elif arguments.name == "trials":
         record_trials(arguments.steps, arguments.seeds)
     else:
