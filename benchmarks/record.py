@@ -273,9 +273,6 @@ def record_trials(steps: int, seeds: list[int]) -> None:
     write("trials", f"python benchmarks/record.py trials --steps {steps}", seeds, figures)
 
 
-<<<<<<< HEAD
-def record_decoding(llama_cpp: Path | None) -> None:
-=======
 def flat(config: dict, prefix: str = "") -> dict:
     """Name the values of nested settings by their paths: train.seed."""
     values: dict = {}
@@ -333,8 +330,7 @@ def record_finished_trials(
     write("trials", command, sorted(seeds), figures, of_runs)
 
 
-def record_decoding() -> None:
->>>>>>> help-C2
+def record_decoding(llama_cpp: Path | None) -> None:
     """Run decode.py and keep its figures."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "decode.json"
