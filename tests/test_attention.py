@@ -12,11 +12,19 @@ from transformers.masking_utils import (
     packed_sequence_mask_function,
     sliding_window_causal_mask_function,
 )
+from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2Config
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssConfig
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig
+from transformers.models.olmoe.modeling_olmoe import OlmoeAttention, OlmoeConfig
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Config
 
 from tinylm.attention import (
     Attention,
+    ReweightedAttention,
     attend,
     attend_at_once,
+    attend_with_sinks,
     attention_mask,
     causal_mask,
     document_mask,
@@ -335,3 +343,96 @@ def test_dropout_acts_in_training_only():
     assert not torch.allclose(layer(x), layer(x))
     layer.eval()
     assert_close(layer(x), layer(x))
+
+
+def of_transformers(attention_class, config_class, layer, x, **config):
+    """Compute attention of a family with the weights of our layer, which must have its names."""
+    sizes = {"hidden_size": D, "num_attention_heads": H, "head_dim": HEAD_DIM}
+    config = config_class(**sizes, attn_implementation="eager", rms_norm_eps=1e-6, **config)
+    reference = attention_class(config, layer_idx=0).eval()
+    reference.load_state_dict(layer.state_dict())
+    mask = torch.zeros(T, T).masked_fill(~causal_mask(T, T), -math.inf)[None, None]
+    cos, sin = (table[None] for table in ROPE)
+    if attention_class is GptOssAttention:  # has tables of half the size
+        cos, sin = (table[..., : HEAD_DIM // 2] for table in (cos, sin))
+    return reference(x, (cos, sin), attention_mask=mask)[0]
+
+
+CAPPED = {"scale": 5**-0.5, "softcap": 0.5}
+PUBLISHED = {  # classes, options of ours, options of theirs
+    "Llama": ((LlamaAttention, LlamaConfig), {}, {}),
+    "biases": ((LlamaAttention, LlamaConfig), {"attention_bias": True}, {"attention_bias": True}),
+    "Qwen3": ((Qwen3Attention, Qwen3Config), {"qk_norm": True}, {}),
+    "Qwen2": (
+        (Qwen2Attention, Qwen2Config),
+        {"attention_bias": True, "attention_out_bias": False},
+        {},
+    ),
+    "OLMoE": ((OlmoeAttention, OlmoeConfig), {"qk_norm": True, "qk_norm_full": True}, {}),
+    "Gemma 2": (
+        (Gemma2Attention, Gemma2Config),
+        CAPPED,
+        {"query_pre_attn_scalar": 5, "attn_logit_softcapping": 0.5},
+    ),
+    "gpt-oss": (
+        (GptOssAttention, GptOssConfig),
+        {"attention_bias": True, "attention_sinks": True},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_layer_is_that_of_published_models(name, K):
+    """Random weights go by name into the layer of a family; the outputs are equal."""
+    classes, ours, options = PUBLISHED[name]
+    has_other_weights = {"scale", "attention_sinks"} & ours.keys()
+    attention = ReweightedAttention if has_other_weights else Attention
+    layer = attention(D, H, num_key_value_heads=K, **ours)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, T, D)
+    expected = of_transformers(*classes, layer, x, num_key_value_heads=K, **options)
+    assert_close(layer(x, ROPE), expected)
+
+
+@each_mask
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_sinks_are_the_same_in_blocks_and_at_once(mask, K):
+    """Outputs and gradients, also that of the sinks, with all masks and without one."""
+    q = torch.randn(2, H, T, HEAD_DIM, requires_grad=True)
+    k, v = torch.randn(2, 2, K, T, HEAD_DIM, requires_grad=True).unbind(0)
+    sinks = torch.randn(H, requires_grad=True)
+    direction = torch.randn(2, H, T, HEAD_DIM)
+    for each in (mask, None):
+        found = []
+        for y in (
+            attend_at_once(q, k, v, each, sinks=sinks),
+            attend_with_sinks(q, k, v, sinks, each),
+        ):
+            found.append((y, *torch.autograd.grad((y * direction).sum(), (q, k, v, sinks))))
+        for one, other in zip(*found, strict=True):
+            assert_close(one, other)
+
+
+def test_a_cap_and_a_scale_by_the_equation():
+    """The scores are scaled, then capped, then masked."""
+    q, k, v = torch.randn(3, 2, H, T, HEAD_DIM)
+    scores = 0.5 * torch.tanh(2.0 * (q @ k.mT) / 0.5)
+    scores = scores.masked_fill(~causal_mask(T, T), -math.inf)
+    y = attend_at_once(q, k, v, scale=2.0, softcap=0.5)
+    assert_close(y, scores.softmax(-1) @ v)
+    assert_close(attend(q, k, v, scale=HEAD_DIM**-0.5), attend(q, k, v), rtol=0, atol=0)
+
+
+def test_a_long_text_with_sinks_is_computed_in_blocks():
+    """Behind 512 positions the layer changes its way, and dropout still drops."""
+    torch.manual_seed(0)
+    layer = ReweightedAttention(D, H, num_key_value_heads=2, attention_sinks=True)
+    nn.init.normal_(layer.sinks)
+    x = torch.randn(1, 600, D)
+    whole = layer(x)
+    assert_close(whole[:, :512], layer(x[:, :512]))
+    q = torch.randn(2, H, T, HEAD_DIM)
+    assert (attend_at_once(q, q, q, dropout_p=0.5) - attend_at_once(q, q, q)).abs().max() > 0.1

@@ -61,6 +61,42 @@ REFUSED = {
         "num_hidden_layers": 2,
         "layer_types": KINDS,
     },
+    "layer_types=['spiral', 'full_attention']: only full_attention and sliding_attention": {
+        "model_type": "olmo3",
+        "num_hidden_layers": 2,
+        "layer_types": ["spiral", "full_attention"],
+    },
+    "layer_types=['full_attention']: give a type for each of the 2 layers": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention"],
+    },
+    "only full_attention and conv are computed for lfm2": {
+        "model_type": "lfm2",
+        "num_hidden_layers": 2,
+        "layer_types": KINDS,
+    },
+    "only full_attention and sliding_attention are computed for qwen3": {
+        "model_type": "qwen3",
+        "num_hidden_layers": 2,
+        "layer_types": ["conv", "full_attention"],
+    },
+    "quantization_config='mxfp4': its weights have 4 bits": {
+        "model_type": "gpt_oss",
+        "quantization_config": {"quant_method": "mxfp4"},
+    },
+    "attn_logit_softcapping=50.0: only None is computed for gemma3_text": {
+        "model_type": "gemma3_text",
+        "attn_logit_softcapping": 50.0,
+    },
+    "use_bidirectional_attention=True: only False": {
+        "model_type": "gemma2",
+        "use_bidirectional_attention": True,
+    },
+    "hidden_activation='relu': only 'gelu_pytorch_tanh'": {
+        "model_type": "gemma2",
+        "hidden_activation": "relu",
+    },
     "sliding_window=None: layer_types asks for a": {
         "model_type": "qwen3",
         "layer_types": ["sliding_attention"] * 32,
@@ -97,7 +133,9 @@ def test_a_config_of_no_family_names_what_would_have_to_change(message):
 
 
 @pytest.mark.parametrize(
-    "model_type", ["gpt2", "llama", "mistral", "smollm3", "mixtral", "deepseek_v3"]
+    "model_type",
+    ["gpt2", "llama", "mistral", "smollm3", "mixtral", "deepseek_v3"]
+    + ["olmo2", "olmo3", "gemma2", "gemma3_text", "gpt_oss", "lfm2"],
 )
 def test_parameters_of_real_models(model_type):
     """The defaults of a config class are those of a real model, counted at full size."""
@@ -229,3 +267,23 @@ def test_one_of_several_files_is_cut_short(gpt2, tmp_path):
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
     assert part.name in index["weight_map"].values()
     assert "sharded cannot be used (Error while deserializing" in refusal(tmp_path / "sharded")
+
+
+def test_one_file_or_several_and_the_names_of_2019(tmp_path):
+    """It is the same model, also without `transformer.` and with the mask among the weights."""
+    gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **SIZES, **NO_TOKENS))
+    ids = torch.randint(0, 16, (2, 24), generator=torch.Generator().manual_seed(1))
+    gpt2.eval().save_pretrained(tmp_path / "gpt2")
+    ours = load_model(tmp_path / "gpt2").requires_grad_(False)
+    assert type(ours) is TinyLM and not ours.training
+    assert ours.lm_head.weight.dtype == torch.float32
+    torch.testing.assert_close(ours(ids), gpt2(ids).logits, rtol=0, atol=1e-5)
+
+    gpt2.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert torch.equal(load_model(tmp_path / "sharded")(ids), ours(ids))
+    of_2019 = load_file(tmp_path / "gpt2" / "model.safetensors")
+    of_2019 = {name.removeprefix("transformer."): weight for name, weight in of_2019.items()}
+    of_2019["h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+    save_file(of_2019, tmp_path / "gpt2" / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(load_model(tmp_path / "gpt2")(ids), ours(ids))

@@ -1,10 +1,11 @@
-"""Ten families: opened equal to `transformers` or refused by name, tuned, exchanged with `peft`."""
+"""All families: opened equal to `transformers` or refused by name, tuned, exchanged with `peft`."""
 
 import copy
 import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -14,7 +15,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tinylm.chat_template import Tokenizer
-from tinylm.checkpoints import load_model, save_model
+from tinylm.checkpoints import FAMILIES as HERE
+from tinylm.checkpoints import load_model, save_model, their_tensors
 from tinylm.hub import load, save
 from tinylm.lora import LoraConfig, add_lora, load_lora, save_lora
 from tinylm.model import ModelConfig, TinyLM
@@ -40,6 +42,10 @@ LATENT = {
     "n_routed_experts": 4,
     "n_group": 2,
 }
+WINDOW_FIRST = {
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 FAMILIES = {
     "llama": SMALL,
     "mistral": SMALL,
@@ -63,7 +69,39 @@ FAMILIES = {
         "num_experts_per_tok": 2,
     }
     | {"topk_group": 1, "first_k_dense_replace": 1},
+    "olmo2": SMALL,
+    "olmo3": {**SMALL, **WINDOW_FIRST},
+    "gemma2": {
+        **SMALL,
+        **WINDOW_FIRST,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 5,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 4.0,
+    },
+    "gemma3_text": {**SMALL, **WINDOW_FIRST, "head_dim": 8, "query_pre_attn_scalar": 5},
+    "gpt_oss": {
+        **SMALL,
+        **WINDOW_FIRST,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "swiglu_limit": 1.0,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 4.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "lfm2": {
+        **SMALL,
+        "layer_types": ["conv", "full_attention"],
+        "block_multiple_of": 4,
+    },
 }
+NEW = ["olmo2", "olmo3", "gemma2", "gemma3_text", "gpt_oss", "lfm2"]
 IDS = torch.randint(0, 47, (2, 30), generator=torch.Generator().manual_seed(5))
 YARN = {"rope_type": "yarn", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -141,7 +179,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mixtral", "qwen3_moe", "deepseek_v3", "smollm3", *NEW]
+)
 def test_an_entry_is_computed_or_refused(family, entry, tmp_path):
     try:
         theirs = make_theirs(family, tmp_path / "model", **ENTRIES[entry])
@@ -156,8 +196,56 @@ def test_an_entry_is_computed_or_refused(family, entry, tmp_path):
         )
         assert "pickle" not in str(error) and "safetensors" not in str(error)
         return
-    assert entry not in REFUSED, "opened, though nothing here computes it"
+    # Where each type of layer has its own rotation, transformers ignores the older word "type".
+    if not (entry == "alpha" and "full_attention" in theirs.config.rope_parameters):
+        assert entry not in REFUSED, "opened, though nothing here computes it"
     assert difference(ours, theirs) < 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", *NEW])
+def test_three_training_steps_are_the_same(family, tmp_path):
+    theirs = make_theirs(family, tmp_path / "model").requires_grad_(True)
+    ours = load_model(tmp_path / "model").train()
+    # transformers adds the balancing loss only if its router logits are asked for.
+    ours.config = replace(ours.config, router_aux_loss_coef=0.0)
+    layout = HERE[family].layout
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.02) for model in (ours, theirs)]
+    for _ in range(3):
+        losses = (ours(IDS, IDS), theirs(IDS, labels=IDS).loss)
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+        assert abs(losses[0] - losses[1]) < 2e-5
+        with_gradients = copy.deepcopy(ours)
+        for weight, original in zip(with_gradients.parameters(), ours.parameters(), strict=True):
+            weight.data.copy_(original.grad)
+        gradients = dict(theirs.named_parameters())
+        for name, views in their_tensors(with_gradients, layout).items():
+            if name in gradients:
+                gap = torch.cat(views, layout.join) - gradients[name].grad
+                assert gap.abs().max() < 1e-4 * gradients[name].grad.abs().max().clamp(min=1), name
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_new_families_are_read_from_several_files(family, tmp_path):
+    theirs = make_theirs(family, tmp_path / "model")
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="9KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert difference(load_model(tmp_path / "sharded"), theirs) < 1e-3
+
+
+@pytest.mark.parametrize("family", [name for name in HERE if HERE[name].same_file])
+def test_a_model_of_ours_is_saved_as_its_family(family, tmp_path):
+    make_theirs(family, tmp_path / "model")
+    ours = load_model(tmp_path / "model")
+    save_model(ours, tmp_path / "ours")
+    hf = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert hf["model_type"] == family
+    assert difference(ours, AutoModelForCausalLM.from_pretrained(tmp_path / "ours")) < 1e-3
+    again = load_model(tmp_path / "ours")
+    assert again.config == ours.config and torch.equal(again(IDS), ours(IDS))
 
 
 MUST_OPEN = {
@@ -190,7 +278,7 @@ def targets(model):
     packed = {
         "mlp." + name.split("mlp.")[1]
         for name, weight in model.named_parameters()
-        if weight.ndim == 3
+        if weight.ndim == 3 and "mlp." in name
     }
     if packed and "gate_proj" in linear:  # peft takes these names for the packed experts
         packed |= {
@@ -288,7 +376,9 @@ def tokenizer():
     return Tokenizer.train(["where do the ducks swim? in the pond. "] * 9, 300)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "smollm3", "gpt2", "mixtral", "olmoe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family", ["qwen2", "smollm3", "gpt2", "mixtral", "olmoe", "deepseek_v3", *NEW]
+)
 def test_fine_tuning_starts_from_what_can_be_asked_to_write(family, tokenizer, tmp_path):
     tokenizer.hf_tokenizer.chat_template = CHATML_TEMPLATE
     theirs = make_theirs(family, tmp_path / "model", vocab_size=len(tokenizer))

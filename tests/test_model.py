@@ -221,3 +221,26 @@ def test_every_parameter_is_connected(name):
     assert loss.isfinite()
     for name, weight in model.named_parameters():
         assert weight.grad is not None and weight.grad.abs().sum() > 0, name
+
+
+OF_NEW_FAMILIES = {
+    "norm_placement='x': use one of before, after, both": {"norm_placement": "x"},
+    "attn_logit_softcapping=2.0: latent attention": {
+        "kv_lora_rank": 8,
+        "attn_logit_softcapping": 2.0,
+    },
+    "attention_sinks=True: latent attention": {"kv_lora_rank": 8, "attention_sinks": True},
+    "swiglu_limit=2.0: it is for experts": {"swiglu_limit": 2.0},
+    "attn_logit_softcapping=-1.0: use a number above 0": {"attn_logit_softcapping": -1.0},
+    "norm_unit_offset=True: layer_norm=True has no": {"layer_norm": True, "norm_unit_offset": True},
+    "sliding_window=4: no layer has it": {
+        "sliding_window": 4,
+        "layer_types": ("full_attention",) * 4,
+    },
+}
+
+
+@pytest.mark.parametrize("message", OF_NEW_FAMILIES)
+def test_parts_that_do_not_fit_together_are_refused(message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ModelConfig(**OF_NEW_FAMILIES[message])

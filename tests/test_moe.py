@@ -5,11 +5,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers import DeepseekV3Config, GptOssConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+from transformers.models.mixtral.modeling_mixtral import (
+    MixtralSparseMoeBlock,
+    load_balancing_loss_func,
+)
+from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from tinylm.basics import FieldError
 from tinylm.feedforward import SwiGLU
 from tinylm.moe import (
+    ClampedExperts,
     Experts,
     MoE,
     Router,
@@ -357,3 +366,86 @@ def test_biases_follow_the_load():
     layer.eval()(x)
     assert layer.load.sum().item() == 10 * 2
     assert layer.last is None
+
+
+SIZES = {
+    "hidden_size": D,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 24,
+    "num_experts_per_tok": 3,
+    "num_experts": E,
+    "num_local_experts": E,
+    "n_routed_experts": E,
+    "n_shared_experts": 2,
+}
+GROUPS = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+PUBLISHED = {  # their block, the settings of our router, shared experts
+    "Mixtral": (lambda: MixtralSparseMoeBlock(MixtralConfig(**SIZES)), {}, 0),
+    "OLMoE": (lambda: OlmoeSparseMoeBlock(OlmoeConfig(**SIZES)), {"norm_topk_prob": False}, 0),
+    "Qwen3-MoE": (
+        lambda: Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**SIZES, norm_topk_prob=True)),
+        {},
+        0,
+    ),
+    "DeepSeek-V3": (
+        lambda: DeepseekV3MoE(DeepseekV3Config(**SIZES, **GROUPS)),
+        {"scoring_func": "sigmoid", **GROUPS},
+        2,
+    ),
+}
+
+
+def draw(module: nn.Module) -> nn.Module:
+    """Draw all weights, also biases."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in module.double().state_dict().values():
+        tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
+    return module
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_layer_is_that_of_published_models(name):
+    """Weights go by name; outputs and gradients are equal up to the router's float32."""
+    make_theirs, settings, shared = PUBLISHED[name]
+    theirs = draw(make_theirs())
+    ours = MoE(Router(D, E, 3, **settings), 24, shared).double()
+    ours.load_state_dict(theirs.state_dict())
+    x, direction = randn(2, 2, 40, D, dtype=torch.float64)
+
+    # Outputs and gradients.
+    pairs = [(ours(x), theirs(x))]
+    for y in pairs[0]:
+        (y * direction).sum().backward()
+    for parameter_name, parameter in ours.named_parameters():
+        pairs.append((parameter.grad, theirs.get_parameter(parameter_name).grad))
+    for a, b in pairs:
+        assert_close(a, b, rtol=0, atol=1e-5)
+
+    # The experts alone.
+    flat = x.flatten(0, 1)
+    _, weights, experts = theirs.gate(flat)
+    our_experts = ours.experts(flat, experts, weights)
+    assert_close(our_experts, theirs.experts(flat, experts, weights), rtol=0, atol=1e-12)
+
+
+def test_the_layer_of_gpt_oss():
+    """Their matrices are transposed, and the router has another name."""
+    theirs = draw(GptOssMLP(GptOssConfig(**SIZES, swiglu_limit=0.4)))
+    experts = ClampedExperts(D, 24, E, limit=0.4)
+    ours = MoE(Router(D, E, 3, router_bias=True), 24, experts=experts).double()
+    state = {}
+    for name, weight in theirs.state_dict().items():
+        is_matrix = name.endswith(("gate_up_proj", "down_proj"))
+        state[name.replace("router.", "gate.")] = weight.mT if is_matrix else weight
+    ours.load_state_dict(state)
+
+    x, direction = randn(2, 2, 40, D, dtype=torch.float64)
+    pairs = [(ours(x), theirs(x)[0])]
+    for y in pairs[0]:
+        (y * direction).sum().backward()
+    for name, parameter in theirs.named_parameters():
+        gradient = ours.get_parameter(name.replace("router.", "gate.")).grad
+        is_matrix = name.endswith(("gate_up_proj", "down_proj"))
+        pairs.append((gradient.mT if is_matrix else gradient, parameter.grad))
+    for a, b in pairs:
+        assert_close(a, b, rtol=0, atol=1e-10)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'causal_mask', 'attend', 'apply_norm', 'Attention', 'sliding_window_mask', 'document_mask', 'attention_mask',
-           'attend_at_once']
+           'attend_at_once', 'attend_with_sinks', 'ReweightedAttention']
 
 # %% ../nbs/11_attention.ipynb #f2e946ab
 import torch
@@ -36,6 +36,7 @@ def attend(
     v: Tensor,  # (B, K, S, d) values
     mask: Tensor | None = None,  # broadcasts to (B, H, T, S), True = may attend; None: causal
     dropout_p: float = 0.0,  # share of the weights dropped
+    scale: float | None = None,  # factor of the scores; None: 1 / sqrt(d)
 ) -> Tensor:  # (B, H, T, d)
     """Compute softmax(q k^T / sqrt(d)) v in blocks, as FlashAttention (Dao et al. 2022).
 
@@ -46,7 +47,7 @@ def attend(
     # A CPU trains faster in bfloat16 with large products than with small blocks.
     trains_on_cpu = q.requires_grad and q.device.type == "cpu"
     if trains_on_cpu and q.dtype == torch.bfloat16 and S <= SHORT and not dropout_p:
-        return attend_at_once(q, k, v, mask)
+        return attend_at_once(q, k, v, mask, scale=scale)
 
     # PyTorch's is_causal would take the queries for the first T positions.
     if mask is None and T not in (1, S):
@@ -57,7 +58,7 @@ def attend(
     if mask is None and T > 1:
         is_causal = True
     return F.scaled_dot_product_attention(
-        q, k, v, mask, dropout_p, is_causal=is_causal, enable_gqa=H != K
+        q, k, v, mask, dropout_p, is_causal=is_causal, scale=scale, enable_gqa=H != K
     )
 
 # %% ../nbs/11_attention.ipynb #b2edfc9e
@@ -99,6 +100,7 @@ class Attention(nn.Module):
         attention_dropout: float = 0.0,  # share of the weights dropped in training
         qk_norm_full: bool = False,  # that norm over all heads at once (OLMoE)
         attention_out_bias: bool | None = None,  # in o_proj; None: as attention_bias
+        norm_class: type[nn.Module] = nn.RMSNorm,  # of the norms of queries and keys
     ):
         super().__init__()
         D = hidden_size
@@ -119,8 +121,8 @@ class Attention(nn.Module):
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         if qk_norm:
-            self.q_norm = nn.RMSNorm(H * d if qk_norm_full else d, eps=rms_norm_eps)
-            self.k_norm = nn.RMSNorm(K * d if qk_norm_full else d, eps=rms_norm_eps)
+            self.q_norm = norm_class(H * d if qk_norm_full else d, eps=rms_norm_eps)
+            self.k_norm = norm_class(K * d if qk_norm_full else d, eps=rms_norm_eps)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Make queries (B, H, T, d), keys and values (B, K, T, d) from x (B, T, D).
@@ -164,11 +166,22 @@ class Attention(nn.Module):
 
         # Attend.
         dropout_p = self.attention_dropout if self.training else 0.0
-        y = attend(q, k, v, mask, dropout_p)  # (B, H, T, d)
+        y = self.attend(q, k, v, mask, dropout_p)  # (B, H, T, d)
 
         # Join the heads, and mix them.
         y = y.transpose(1, 2).flatten(2)  # (B, T, H * d)
         return self.o_proj(y)
+
+    def attend(
+        self,
+        q: Tensor,  # (B, H, T, d) rotated queries
+        k: Tensor,  # (B, K, S, d) keys, also those of the cache
+        v: Tensor,  # (B, K, S, d) values
+        mask: Tensor | None,  # as in `forward`
+        dropout_p: float,  # share of the weights dropped
+    ) -> Tensor:  # (B, H, T, d)
+        """Mix the values: override this method for other weights."""
+        return attend(q, k, v, mask, dropout_p)
 
 # %% ../nbs/11_attention.ipynb #5f7ba315
 def sliding_window_mask(
@@ -241,6 +254,10 @@ def attend_at_once(
     k: Tensor,  # (B, K, S, d) keys; K divides H
     v: Tensor,  # (B, K, S, d) values
     mask: Tensor | None = None,  # broadcasts to (B, H, T, S), True = may attend; None: causal
+    dropout_p: float = 0.0,  # share of the weights dropped
+    scale: float | None = None,  # factor of the scores; None: 1 / sqrt(d)
+    softcap: float | None = None,  # limit of the scores; None: none
+    sinks: Tensor | None = None,  # (H,) a score for each head that takes weight; None: none
 ) -> Tensor:  # (B, H, T, d)
     """Compute `attend` with all (B, H, T, S) weights in memory.
 
@@ -252,14 +269,89 @@ def attend_at_once(
         mask = causal_mask(T, S, q.device)
 
     # Compare: queries that share a key head are rows of one product.
-    grouped = (q * d**-0.5).reshape(B, K, -1, d)  # (B, K, H / K * T, d)
+    scale = d**-0.5 if scale is None else scale
+    grouped = (q * scale).reshape(B, K, -1, d)  # (B, K, H / K * T, d)
     scores = (grouped @ k.mT).view(B, H, T, S)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
 
     # Weigh: the softmax turns -inf into 0.
     bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
     bias.masked_fill_(~mask, -torch.inf)
-    weights = (scores + bias).softmax(-1)
+    scores = scores + bias
+    if sinks is not None:  # one more column, which takes weight and has no value
+        column = sinks.to(q.dtype).view(1, H, 1, 1).expand(B, H, T, 1)
+        scores = torch.cat((scores, column), -1)
+    weights = scores.softmax(-1)[..., :S]
+    if dropout_p:
+        weights = F.dropout(weights, dropout_p)
 
     # Mix the values, again with one product for each shared head.
-    y = weights.view(B, K, -1, S) @ v  # (B, K, H / K * T, d)
+    y = weights.reshape(B, K, -1, S) @ v  # (B, K, H / K * T, d)
     return y.view(B, H, T, -1)
+
+# %% ../nbs/11_attention.ipynb #a4b11369
+def attend_with_sinks(
+    q: Tensor,  # (B, H, T, d) queries, the last T of the S positions
+    k: Tensor,  # (B, K, S, d) keys; K divides H
+    v: Tensor,  # (B, K, S, d) values
+    sinks: Tensor,  # (H,) the score of the sink of each head
+    mask: Tensor | None = None,  # broadcasts to (B, H, T, S), True = may attend; None: causal
+    dropout_p: float = 0.0,  # share of the weights dropped
+    scale: float | None = None,  # factor of the scores; None: 1 / sqrt(d)
+) -> Tensor:  # (B, H, T, d)
+    """Compute attention in blocks with a sink: a first position that all see, of value 0."""
+    B, H, T, d = q.shape
+    S = k.shape[2]
+    scale = d**-0.5 if scale is None else scale
+
+    # New dimensions for all, and a new first position for keys and values.
+    score = (sinks / scale).to(q.dtype).view(1, H, 1, 1).expand(B, H, T, 1)
+    q = F.pad(torch.cat((q, score), -1), (0, 7))
+    k = F.pad(k, (0, 8, 1, 0))
+    v = F.pad(v, (0, 8, 1, 0))
+    k[:, :, 0, d] = 1.0
+
+    # All see it. Where there is no mask, a first query keeps T equal to S, so none is needed.
+    if mask is not None:
+        mask = F.pad(mask, (1, 0), value=True)
+    elif T == S:
+        q = F.pad(q, (0, 0, 1, 0))
+    return attend(q, k, v, mask, dropout_p, scale)[:, :, -T:, :d]
+
+
+class ReweightedAttention(Attention):
+    """Attention with another scale, with a cap on its scores, or with a sink in each head."""
+
+    def __init__(
+        self,
+        hidden_size: int,  # D, size of the vectors that come in and go out
+        num_attention_heads: int,  # H, query heads
+        scale: float | None = None,  # factor of the scores; None: 1 / sqrt(d)
+        softcap: float | None = None,  # limit of the scores, as in Gemma 2; None: none
+        attention_sinks: bool = False,  # a learned sink in each head, as in gpt-oss
+        **options,  # further ones of `Attention`
+    ):
+        super().__init__(hidden_size, num_attention_heads, **options)
+        self.scale = scale
+        self.softcap = softcap
+        sinks = nn.Parameter(torch.zeros(num_attention_heads)) if attention_sinks else None
+        self.sinks: nn.Parameter | None
+        self.register_parameter("sinks", sinks)
+
+    def attend(
+        self,
+        q: Tensor,  # (B, H, T, d) rotated queries
+        k: Tensor,  # (B, K, S, d) keys, also those of the cache
+        v: Tensor,  # (B, K, S, d) values
+        mask: Tensor | None,  # as in `forward`
+        dropout_p: float,  # share of the weights dropped
+    ) -> Tensor:  # (B, H, T, d)
+        """Mix the values, in blocks where that is possible and pays."""
+        options = (mask, dropout_p, self.scale)
+        is_small = q.shape[2] == 1 or k.shape[2] <= SHORT
+        if self.softcap is not None or (self.sinks is not None and is_small):
+            return attend_at_once(q, k, v, *options, self.softcap, self.sinks)
+        if self.sinks is not None:
+            return attend_with_sinks(q, k, v, self.sinks, *options)
+        return attend(q, k, v, *options)

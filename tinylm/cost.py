@@ -8,6 +8,7 @@ __all__ = ['PARTS', 'WeightKind', 'count_parameters', 'keys_seen', 'flops_by_par
 
 # %% ../nbs/16_cost.ipynb #acea4932
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from .model import Block, ModelConfig, TinyLM
+from .model import LAYER_KINDS, LAYER_TYPES, Block, ModelConfig, TinyLM
 
 # %% ../nbs/16_cost.ipynb #3a98fe63
 PARTS = {
@@ -37,14 +38,14 @@ class WeightKind(NamedTuple):
     used: float  # share of it that works for one token: less than 1 for experts
 
 
-def _count_layers(config: ModelConfig) -> tuple[int, int]:
-    """Return the number of dense layers and of layers with experts."""
-    num_layers = config.num_hidden_layers
-    if config.num_experts is None:
-        return num_layers, 0
-    above = {i for i in config.mlp_only_layers if i >= config.first_k_dense_replace}
-    dense = config.first_k_dense_replace + len(above)
-    return dense, num_layers - dense
+def _layer_kinds(config: ModelConfig) -> list[tuple[str, bool]]:
+    """Return for each layer what mixes its positions, and whether it has experts."""
+    kinds = []
+    for layer_idx in range(config.num_hidden_layers):
+        layer_type = config.layer_type(layer_idx)
+        mixer = layer_type if layer_type in LAYER_KINDS else LAYER_TYPES[0]
+        kinds.append((mixer, config.has_experts(layer_idx)))
+    return kinds
 
 
 def _find_weights(config: ModelConfig, block: type[Block]) -> Iterator[WeightKind]:
@@ -56,15 +57,17 @@ def _find_weights(config: ModelConfig, block: type[Block]) -> Iterator[WeightKin
     small = config
     copies = [1] * config.num_hidden_layers
     if block is Block:
-        dense, sparse = _count_layers(config)
-        copies = [count for count in (dense, sparse) if count]
+        layers_of_kind = Counter(_layer_kinds(config))
+        copies = list(layers_of_kind.values())
+        dense = [i for i, (_, has_experts) in enumerate(layers_of_kind) if not has_experts]
         small = replace(
             config,
             num_hidden_layers=len(copies),
-            first_k_dense_replace=min(dense, 1),
-            mlp_only_layers=(),
+            first_k_dense_replace=0,
+            mlp_only_layers=tuple(dense),
             no_rope_layers=(),
-            layer_types=(),
+            layer_types=tuple(mixer for mixer, _ in layers_of_kind),
+            sliding_window=None,
         )
     with torch.device("meta"):
         model = TinyLM(small, block)
@@ -74,13 +77,16 @@ def _find_weights(config: ModelConfig, block: type[Block]) -> Iterator[WeightKin
     share = config.num_experts_per_tok / experts
     for name, weight in model.named_parameters():
         part = next((part for place, part in PARTS.items() if place in name), "other")
-        is_layer = name.startswith("model.layers.")
-        yield WeightKind(
-            part,
-            weight.shape,
-            copies[int(name.split(".")[2])] if is_layer else 1,
-            share if ".experts." in name else 1.0,
-        )
+        count = 1
+        if name.startswith("model.layers."):
+            layer_idx = int(name.split(".")[2])
+            count = copies[layer_idx]
+            layer_type = small.layer_type(layer_idx)
+            if part == "attention" and not small.attends(layer_idx):
+                part = layer_type
+        is_bias = name.endswith("bias")  # those of experts are one tensor with two dimensions
+        shape = weight.flatten().shape if is_bias else weight.shape
+        yield WeightKind(part, shape, count, share if ".experts." in name else 1.0)
 
 
 def count_parameters(
@@ -89,8 +95,9 @@ def count_parameters(
 ) -> dict[str, int]:
     """Count parameters by component.
 
-    Besides: "total"; "active" in one token; "non_embedding", without the vocabulary tables; and
-    "other" if a block has parameters with names of its own.
+    Besides: "total"; "active" in one token; "non_embedding", without the vocabulary tables; the
+    type of layers without attention, such as "conv", if there are any; and "other" if a block has
+    parameters with names of its own.
     """
     counts = dict.fromkeys(PARTS.values(), 0)
     active = 0.0
@@ -103,21 +110,16 @@ def count_parameters(
     return {**counts, "total": total, "active": round(active), "non_embedding": rest}
 
 # %% ../nbs/16_cost.ipynb #14558558
-def _count_windows(config: ModelConfig) -> int:
-    """Return the number of layers that see a window only."""
-    if config.layer_types:
-        return config.layer_types.count("sliding_attention")
-    return config.num_hidden_layers if config.sliding_window else 0
-
-
 def keys_seen(config: ModelConfig, seq_len: int) -> int:
     """Return the keys that a query is compared with in all layers, without the causal mask.
 
-    A layer with a window needs no more keys than the window has.
+    A layer with a window needs no more keys than the window has, one without attention none.
     """
-    windowed = _count_windows(config)
-    window = min(seq_len, config.sliding_window or seq_len)
-    return windowed * window + (config.num_hidden_layers - windowed) * seq_len
+    keys = 0
+    for layer_idx in range(config.num_hidden_layers):
+        if config.attends(layer_idx):
+            keys += min(seq_len, config.window_of(layer_idx) or seq_len)
+    return keys
 
 
 def flops_by_part(
@@ -143,8 +145,9 @@ def flops_by_part(
         "mlp": round(work["mlp"]),
         "lm_head": 2 * config.vocab_size * config.hidden_size,
     }
-    if "other" in work:
-        flops["other"] = round(work["other"])
+    for part in (*LAYER_KINDS, "other"):
+        if part in work:
+            flops[part] = round(work[part])
     return flops
 
 
@@ -168,11 +171,16 @@ def cache_bytes(
 
     A layer with a window keeps that and a few positions to spare.
     """
-    windowed = _count_windows(config)
-    slots = min(length, (config.sliding_window or length) - 1 + spare)
-    positions = windowed * slots + (config.num_hidden_layers - windowed) * length
-    stored = sum(heads * size for heads, size in config.cache_shapes())
-    return batch_size * positions * stored * dtype.itemsize
+    numbers = 0
+    for layer_idx in range(config.num_hidden_layers):
+        window = config.window_of(layer_idx)
+        positions = length if window is None else min(length, window - 1 + spare)
+        stored = sum(heads * size for heads, size in config.cache_shapes(layer_idx))
+        numbers += positions * stored
+        kept = config.kept_inputs(layer_idx)
+        if kept:
+            numbers += min(length, kept - 1 + spare) * config.hidden_size
+    return batch_size * numbers * dtype.itemsize
 
 # %% ../nbs/16_cost.ipynb #20f02148
 _SIZES = (

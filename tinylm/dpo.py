@@ -59,7 +59,9 @@ def answer_logps(
 
     # Score only the positions whose next token has a label: prompts can be long.
     has_label = targets != IGNORE_INDEX
-    nats = token_losses(hidden[has_label], model.lm_head.weight, targets[has_label])
+    head = model.lm_head.weight
+    softcap = model.config.final_logit_softcapping
+    nats = token_losses(hidden[has_label], head, targets[has_label], softcap=softcap)
     row_of_label = has_label.nonzero()[:, 0]
     sums = nats.new_zeros(len(hidden)).index_add(0, row_of_label, -nats)
     return sums.view(labels.shape[:-1]), has_label.sum(1).view(labels.shape[:-1])

@@ -217,8 +217,9 @@ def start(
 
     # A layer with a short window needs no memory for the whole text.
     weight = next(model.parameters())
-    windows = [config.window_of(layer) for layer in range(config.num_hidden_layers)]
-    has_short_window = any(window is not None and window < length for window in windows)
+    layers = range(config.num_hidden_layers)
+    windows = [config.window_of(i) or config.kept_inputs(i) or length for i in layers]
+    has_short_window = min(windows) < length
     sizes = (len(text), length)
     cache: KVCache
     if has_short_window:

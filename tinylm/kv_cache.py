@@ -103,6 +103,13 @@ class KVCache:
         for layer_idx in range(config.num_hidden_layers):
             self.stores.append(self.make_store(config, layer_idx, dtype, device))
 
+        # Some kinds of layers also need the last inputs of the layer itself.
+        self.input_places: dict[int, int] = {}  # number of a layer: number of that store
+        for layer_idx in range(config.num_hidden_layers):
+            if config.kept_inputs(layer_idx):
+                self.input_places[layer_idx] = len(self.stores)
+                self.stores.append(self.make_input_store(config, layer_idx, dtype, device))
+
     def make_store(
         self,
         config: ModelConfig,  # of the model
@@ -112,6 +119,17 @@ class KVCache:
     ) -> FullStore:
         """Make the store of one layer; override this for another kind of store."""
         shapes = config.cache_shapes(layer_idx)
+        return FullStore(shapes, self.batch_size, self.max_length, dtype, device)
+
+    def make_input_store(
+        self,
+        config: ModelConfig,  # of the model
+        layer_idx: int,  # which layer
+        dtype: torch.dtype,  # of its inputs
+        device: torch.device | str | None,  # of both
+    ) -> FullStore:
+        """Make the store for the inputs of a layer; they lie where keys would be."""
+        shapes = ((1, config.hidden_size), (1, 0))
         return FullStore(shapes, self.batch_size, self.max_length, dtype, device)
 
     def __len__(self) -> int:
@@ -137,7 +155,23 @@ class KVCache:
 
         The length stays as it is: see `advance`.
         """
-        # What does not fit is refused before anything is written.
+        self._check_new(k)
+        return self.stores[layer_idx].update(k, v, past=self.length)
+
+    def update_inputs(
+        self,
+        x: Tensor,  # (B, T, D) new inputs of one layer
+        layer_idx: int,  # which layer
+    ) -> Tensor:  # (B, S, D)
+        """Add new inputs of a layer, and return them behind the earlier ones that are kept."""
+        keys = x[:, None]
+        self._check_new(keys)
+        store = self.stores[self.input_places[layer_idx]]
+        inputs, _ = store.update(keys, keys[..., :0], past=self.length)
+        return inputs[:, 0]
+
+    def _check_new(self, k: Tensor) -> None:
+        """Refuse what does not fit, before anything is written."""
         end = self.length + k.shape[2]
         if end > self.max_length:
             problem = f"{end} positions do not fit a cache with max_length={self.max_length}"
@@ -148,8 +182,6 @@ class KVCache:
         if k.requires_grad:
             remedy = "generate under torch.no_grad(), train without a cache"
             raise ValueError(f"a cache keeps no gradients: {remedy}")
-
-        return self.stores[layer_idx].update(k, v, past=self.length)
 
     def advance(self, T: int) -> None:
         """Count T new positions; the model calls this when all its layers have added them."""
@@ -253,8 +285,9 @@ class SlidingCache(KVCache):
         device: torch.device | str | None = None,  # of the model
         spare: int = 16,  # positions that `rewind` can take back
     ):
-        windows = [config.window_of(layer) for layer in range(config.num_hidden_layers)]
-        if not any(windows) or spare < 1:
+        layers = range(config.num_hidden_layers)
+        needs_ring = any(config.window_of(i) or config.kept_inputs(i) for i in layers)
+        if not needs_ring or spare < 1:
             settings = f"sliding_window is {config.sliding_window}, spare is {spare}"
             remedy = "use KVCache for a model without a window, and 1 or more to spare"
             raise ValueError(f"{settings}: {remedy}")
@@ -275,6 +308,18 @@ class SlidingCache(KVCache):
         shapes = config.cache_shapes(layer_idx)
         sizes = (self.batch_size, self.max_length)
         return WindowStore(shapes, *sizes, dtype, device, window, self.spare)
+
+    def make_input_store(
+        self,
+        config: ModelConfig,  # of the model
+        layer_idx: int,  # which layer
+        dtype: torch.dtype,  # of its inputs
+        device: torch.device | str | None,  # of both
+    ) -> FullStore:
+        """Make a ring for the last inputs of a layer."""
+        shapes = ((1, config.hidden_size), (1, 0))
+        sizes = (self.batch_size, self.max_length)
+        return WindowStore(shapes, *sizes, dtype, device, config.kept_inputs(layer_idx), self.spare)
 
 # %% ../nbs/20_kv_cache.ipynb #4c12e2f0
 class Int8Store(FullStore):

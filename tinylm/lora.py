@@ -12,7 +12,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .basics import FieldError, check_fields
+from .checkpoints import config_json, files_layout, their_name
+from .model import TinyLM
 
 # %% ../nbs/19_lora.ipynb #e448ccf2
 _Names = tuple[str, ...]
@@ -403,6 +405,18 @@ _TENSORS_FILE = "adapter_model.safetensors"
 _CONFIG_FILE = "adapter_config.json"
 
 
+def _names_in_files(model: nn.Module) -> dict[str, str]:
+    """Return the names of weights in the files of the model's family, by ours.
+
+    Empty where they are the same for all layers that can be adapted, as in most families.
+    """
+    if not isinstance(model, TinyLM):
+        return {}
+    layout = files_layout(config_json(model.config)["model_type"])
+    names = {name: their_name(name, layout) for name in _matrices(model)}
+    return names if any(name != theirs for name, theirs in names.items()) else {}
+
+
 def _config_for_peft(model: nn.Module, updates: dict[str, LoRAUpdate]) -> dict[str, object]:
     """Return the entries of adapter_config.json so that `peft` finds the same weights.
 
@@ -451,6 +465,11 @@ def save_lora(
 
     # The tensors go first: a folder with a config is whole.
     entries = _config_for_peft(model, updates)
+    names = _names_in_files(model)
+    if names:  # `transformers` has other names for the layers of this family
+        updates = {names[weight_name]: update for weight_name, update in updates.items()}
+        entries["target_modules"] = [name.removesuffix(".weight") for name in updates]
+        entries["target_parameters"] = []
     entries["base_model_name_or_path"] = base_model
     entries["peft_type"] = "LORA"
     entries["task_type"] = "CAUSAL_LM"
@@ -493,6 +512,25 @@ def _read_config(file: dict[str, object], folder: str | Path) -> LoraConfig:
     return LoraConfig(**entries)
 
 
+def _in_our_names(
+    names: dict[str, str],  # of weights in files of the model's family, by ours
+    config: LoraConfig,  # of an adapter for that family
+    tensors: dict[str, Tensor],  # of its file
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Translate an adapter from the names of a family into ours."""
+    ours = {}
+    for mine, theirs in names.items():
+        ours[theirs.removesuffix(".weight")] = mine.removesuffix(".weight")
+    targets = _fitting("target_modules", config.target_modules, list(ours))
+    config = replace(config, target_modules=tuple(ours[path] for path in targets))
+
+    renamed = {}
+    for key, tensor in tensors.items():
+        path, _, rest = key.removeprefix("base_model.model.").partition(".lora_")
+        renamed[f"base_model.model.{ours.get(path, path)}.lora_{rest}"] = tensor
+    return config, renamed
+
+
 def load_lora(
     model: nn.Module,  # gets the adapter
     folder: str | Path,  # written by `save_lora` or `peft`
@@ -512,4 +550,8 @@ def load_lora(
     if base_model and base and base_model != base:
         remedy = f"{folder} is for {base!r}: load it into that"
         raise FieldError("base_model", base_model, remedy)
-    add_lora(model, _read_config(file, folder), name, tensors)
+    config = _read_config(file, folder)
+    names = _names_in_files(model)
+    if names:
+        config, tensors = _in_our_names(names, config, tensors)
+    add_lora(model, config, name, tensors)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'grouped_linear', 'Routing', 'best_groups', 'Router', 'Experts', 'MoE', 'load_balancing_loss',
-           'router_z_loss', 'moe_losses', 'update_router_biases']
+           'router_z_loss', 'moe_losses', 'update_router_biases', 'ClampedExperts']
 
 # %% ../nbs/14_moe.ipynb #ce67830b
 from collections.abc import Callable
@@ -99,11 +99,15 @@ class Router(nn.Module):
     routed_scaling_factor: float = 1.0  # the weights are multiplied by it
     router_jitter_noise: float = 0.0  # largest relative change of what the router sees in training
     bias_update_speed: float = 0.0  # step of the selection bias, see `update_router_biases`
+    router_bias: bool = False  # a learned number added to each logit, as in gpt-oss
 
     def __post_init__(self) -> None:
         self._check()
         super().__init__()
         self.weight = nn.Linear(self.hidden_size, self.num_experts, bias=False).weight
+        logit_bias = nn.Parameter(torch.zeros(self.num_experts)) if self.router_bias else None
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", logit_bias)
 
         # The selection bias. Mixtral's checkpoints have none.
         has_bias = self.scoring_func == "sigmoid" or self.bias_update_speed > 0
@@ -151,6 +155,8 @@ class Router(nn.Module):
             x = x * torch.empty_like(x).uniform_(smallest, largest)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x, self.weight.to(x.dtype))  # (..., E)
+            if self.bias is not None:
+                logits = logits + self.bias.to(x.dtype)
 
         # Choose. The selection bias is used in the choice only, not in the weights.
         scores = SCORES[self.scoring_func](logits)
@@ -201,14 +207,22 @@ class Experts(nn.Module):
         token = order // experts.shape[1]
         rows = x.to(dtype).index_select(0, token)  # (N * k, D)
 
-        # SwiGLU.
-        gate_up = grouped_linear(rows, self.gate_up_proj.to(dtype), stops)  # (N * k, 2F)
-        gate, up = gate_up.chunk(2, -1)
-        outputs = grouped_linear(F.silu(gate) * up, self.down_proj.to(dtype), stops)  # (N * k, D)
+        outputs = self.transform(rows, expert, stops)  # (N * k, D)
 
         # Multiply the outputs by their weights, and add those of each token.
         outputs = outputs * weights.flatten()[order, None].to(dtype)
         return torch.zeros_like(x, dtype=dtype).index_add(0, token, outputs)
+
+    def transform(
+        self,
+        rows: Tensor,  # (N * k, D) sorted by expert
+        expert: Tensor,  # (N * k,) the expert of each row
+        stops: Tensor,  # (E,) where the rows of each expert stop
+    ) -> Tensor:  # (N * k, D)
+        """Send each row through its expert: override this method for experts of another kind."""
+        gate_up = grouped_linear(rows, self.gate_up_proj.to(rows.dtype), stops)  # (N * k, 2F)
+        gate, up = gate_up.chunk(2, -1)
+        return grouped_linear(F.silu(gate) * up, self.down_proj.to(rows.dtype), stops)
 
 # %% ../nbs/14_moe.ipynb #bae0bea1
 class MoE(nn.Module):
@@ -219,12 +233,13 @@ class MoE(nn.Module):
         router: Router,  # has the sizes D and E
         moe_intermediate_size: int,  # F, width of each expert
         n_shared_experts: int = 0,  # the shared ones are one SwiGLU of so many times F
+        experts: Experts | None = None,  # of another kind; None: SwiGLU
     ):
         super().__init__()
         E, D = router.weight.shape
         F_ = moe_intermediate_size
         self.gate = router
-        self.experts = Experts(D, F_, E)
+        self.experts = Experts(D, F_, E) if experts is None else experts
         self.shared_experts = SwiGLU(D, n_shared_experts * F_) if n_shared_experts else None
 
         # Routing and token mask of the last pass in training.
@@ -336,3 +351,41 @@ def update_router_biases(model: nn.Module) -> None:
         too_busy = (layer.load - layer.load.float().mean()).sign()
         layer.gate.e_score_correction_bias -= layer.gate.bias_update_speed * too_busy
         layer.load.zero_()
+
+# %% ../nbs/14_moe.ipynb #2b5acfe0
+class ClampedExperts(Experts):
+    """The experts of gpt-oss: clamped, with biases; rows of gate and value alternate."""
+
+    def __init__(
+        self,
+        hidden_size: int,  # D, size of the vectors that come in and go out
+        moe_intermediate_size: int,  # F, width of each expert
+        num_experts: int,  # E
+        limit: float,  # largest gate, and largest size of a value
+        alpha: float = 1.702,  # steepness of the gate's sigmoid
+    ):
+        super().__init__(hidden_size, moe_intermediate_size, num_experts)
+        E, D, F_ = num_experts, hidden_size, moe_intermediate_size
+        self.gate_up_proj_bias = nn.Parameter(torch.zeros(E, 2 * F_))
+        self.down_proj_bias = nn.Parameter(torch.zeros(E, D))
+        self.limit = limit
+        self.alpha = alpha
+
+    def transform(
+        self,
+        rows: Tensor,  # (N * k, D) sorted by expert
+        expert: Tensor,  # (N * k,) the expert of each row
+        stops: Tensor,  # (E,) where the rows of each expert stop
+    ) -> Tensor:  # (N * k, D)
+        """Send each row through its expert."""
+        dtype = rows.dtype
+        gate_up = grouped_linear(rows, self.gate_up_proj.to(dtype), stops)  # (N * k, 2F)
+        gate_up = gate_up + self.gate_up_proj_bias.to(dtype)[expert]
+
+        # The clamped SwiGLU.
+        gate = gate_up[:, ::2].clamp(max=self.limit)
+        up = gate_up[:, 1::2].clamp(-self.limit, self.limit)
+        hidden = (up + 1) * gate * (self.alpha * gate).sigmoid()
+
+        outputs = grouped_linear(hidden, self.down_proj.to(dtype), stops)
+        return outputs + self.down_proj_bias.to(dtype)[expert]

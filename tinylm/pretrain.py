@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_model as load_weights
 from torch import Tensor
 from tqdm import tqdm
 
 from .basics import check_fields, write_errors
 from .chat_template import Tokenizer
-from .checkpoints import save_model
+from .checkpoints import load_weights, save_model
 from .cost import check_memory
 from .data import Batches
 from tinylm.engine import (
@@ -226,7 +225,7 @@ class PretrainStage:
 
     def load(self, folder: Path) -> None:
         """Read the weights that `save` wrote."""
-        load_weights(self.model, folder / "model.safetensors")
+        load_weights(self.model, folder)
 
     def plot(self, run: RunFolder) -> "Figure":
         """Draw the losses and the floor."""

@@ -54,6 +54,17 @@ _deepseek = replace(
     bias_update_speed=0.001,
 )
 _window_first = ("sliding_attention", "full_attention")
+_after: dict = {"norm_placement": "after", "sliding_window": 4, "layer_types": _window_first}
+_gemma = replace(
+    _gqa,
+    hidden_act="gelu_pytorch_tanh",
+    norm_placement="both",
+    norm_unit_offset=True,
+    query_pre_attn_scalar=12,
+    embedding_multiplier=32**0.5,
+    sliding_window=4,
+    layer_types=_window_first,
+)
 _gpt = replace(
     TINY, learned_positions=True, layer_norm=True, attention_bias=True, hidden_act="gelu_new"
 )
@@ -88,8 +99,34 @@ LAYOUTS: dict[str, ModelConfig] = {  # the kinds of models that the library has
         rope_theta=1e6,
         rope_parameters={"sliding_attention": {"rope_theta": 1e4}},
     ),
+    "GQA, QK-norm, attention after a convolution (Canon)": replace(
+        _gqa, qk_norm=True, layer_types=("canon_attention",) * 2, conv_L_cache=4
+    ),
+    "GQA, QK-norm, convolution in layer 1 (LFM2)": replace(
+        _gqa, qk_norm=True, layer_types=("conv", "full_attention")
+    ),
+    "MLA, convolution with biases in layer 2, experts": replace(
+        _mla_experts, layer_types=("full_attention", "conv"), conv_L_cache=4, conv_bias=True
+    ),
     "experts in layer 1, MLA, window of 4": replace(
         _mla_experts, mlp_only_layers=(1,), sliding_window=4, layer_types=_window_first
+    ),
+    "GQA, norms after (OLMo 3)": replace(_gqa, qk_norm=True, qk_norm_full=True, **_after),
+    "GQA, caps (Gemma 2)": replace(_gemma, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "GQA, norms before and after (Gemma 3)": replace(
+        _gemma, qk_norm=True, rope_parameters={"sliding_attention": {"rope_theta": 1e3}}
+    ),
+    "short convolution in layer 1 (LFM2)": replace(
+        _gqa, qk_norm=True, layer_types=("conv", "full_attention")
+    ),
+    "experts with biases, sinks (gpt-oss)": replace(
+        _gqa_experts,
+        attention_sinks=True,
+        attention_bias=True,
+        router_bias=True,
+        swiglu_limit=7.0,
+        sliding_window=4,
+        layer_types=_window_first,
     ),
 }
 
@@ -183,7 +220,8 @@ def token_by_token(config: ModelConfig, block: type[Block] = Block) -> float:
 @_invariance("ring cache\n= whole")
 def ring(config: ModelConfig, block: type[Block] = Block) -> float | None:
     """Compare a cache that keeps only the window with the whole text."""
-    if config.sliding_window is None:
+    layers = range(config.num_hidden_layers)
+    if not any(config.window_of(i) or config.kept_inputs(i) for i in layers):
         return None  # there is no window to keep
     model = build(config, block)
     whole = model(IDS)

@@ -674,3 +674,40 @@ def draw_checkpoint(d: Drawing) -> None:
         "(tie_word_embeddings). A family is a kind of model.",
         15,
     )
+
+
+@diagram(
+    "shortconv",
+    360,
+    "A short convolution: itself, one back, two back",
+    "Seven positions in a row: four of document 0 and three of document 1. Each output gets an "
+    "arrow from the input at its position and from the two inputs before it. Arrows that would "
+    "cross from document 0 to document 1 are dashed and red: the mask removes them.",
+)
+def draw_shortconv(d: Drawing) -> None:
+    """Draw inputs below, outputs above, and the taps between them."""
+    documents = [0, 0, 0, 0, 1, 1, 1]
+    paints = ["soft" if document == 0 else "gold" for document in documents]
+    subscripts = "₀₁₂₃₄₅₆"
+    d.text(MARGIN, 72, "outputs", 15, QUIET, "start")
+    middles = d.row(24, 84, [f"y{i}" for i in subscripts], 68, 38, paints, 6, 16)
+
+    # Each output reads its own position and the two before it.
+    for t, x in enumerate(middles):
+        for distance in (2, 1, 0):
+            if distance > t:
+                continue
+            source = middles[t - distance]
+            crosses = documents[t] != documents[t - distance]
+            color = RED if crosses else (BLUE if t == 3 else GREY)
+            thick = 3.0 if t == 3 else 1.8
+            d.arrow((source, 228), (x, 124), color=color, thick=thick, dashed=crosses)
+
+    # The inputs, and to which document they belong.
+    d.row(24, 230, [f"u{i}" for i in subscripts], 68, 38, paints, 6, 16)
+    d.text(24 + 145, 292, "document 0", 15, QUIET)
+    d.text(24 + 4 * 74 + 108, 292, "document 1", 15, QUIET)
+    d.text(MARGIN, 320, "Blue: the three taps of one output.", 15, BLUE, "start")
+    d.text(
+        MARGIN, 344, "Red: taps into another document, which the mask removes.", 15, RED, "start"
+    )
