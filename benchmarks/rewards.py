@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -79,6 +80,8 @@ def sample_replies(
     end_ids = end_token_ids(tokenizer)
     texts, logps = [], []
     tokens = 0
+
+    # Sixteen questions at a time.
     for begin in range(0, len(questions), 16):
         part = questions[begin : begin + 16]
         prompts = [
@@ -104,10 +107,16 @@ def training_questions(count: int) -> list[ScoredQuestion]:
 # The arms. Each takes the run to start from, a folder for its own run, the seed and steps.
 
 
-def training(steps: int, rate: float, rows: int, seed: int) -> TrainConfig:
+def training(
+    steps: int,  # of training
+    rate: float,  # learning rate
+    rows: int,  # of a batch
+    seed: int,  # of questions and samples
+) -> TrainConfig:
     """Return the settings that all arms have in common."""
     return TrainConfig(
         steps,
+        # Short runs: no weight decay, no validation, no checkpoint on the way.
         optimizer="adamw",
         learning_rate=rate,
         batch_size=rows,
@@ -126,7 +135,14 @@ def training(steps: int, rate: float, rows: int, seed: int) -> TrainConfig:
 STORIES = DataConfig(seq_len=256, stories=4000, validation_stories=20, seed=1)
 
 
-def train_sft(run: str, out: Path, seed: int, steps: int, habit: float, rate: float) -> TinyLM:
+def train_sft(
+    run: str,  # the run to start from
+    out: Path,  # folder of the new run
+    seed: int,  # of questions and samples
+    steps: int,  # of training
+    habit: float,  # share of chats in which the assistant rambles
+    rate: float,  # learning rate
+) -> TinyLM:
     """Fine-tune further on chats of the built-in stories."""
     train = training(steps, rate, 16, seed)
     return sft(SFTConfig(run=run, data=STORIES, train=train, out=str(out), habit=habit)).model
@@ -144,7 +160,12 @@ def chosen_lines(path: Path) -> None:
     path.write_text("\n".join(lines), "utf-8")
 
 
-def train_on_chosen(run: str, out: Path, seed: int, steps: int) -> TinyLM:
+def train_on_chosen(
+    run: str,  # the run to start from
+    out: Path,  # folder of the new run
+    seed: int,  # of questions and samples
+    steps: int,  # of training
+) -> TinyLM:
     """Fine-tune on the chosen answers of DPO's pairs."""
     path = out.parent / "chosen.jsonl"
     chosen_lines(path)
@@ -153,11 +174,16 @@ def train_on_chosen(run: str, out: Path, seed: int, steps: int) -> TinyLM:
     return sft(SFTConfig(run=run, data=data, train=train, out=str(out))).model
 
 
-def train_on_right(run: str, out: Path, seed: int, steps: int) -> TinyLM:
+def train_on_right(
+    run: str,  # the run to start from
+    out: Path,  # folder of the new run
+    seed: int,  # of questions and samples
+    steps: int,  # of training
+) -> TinyLM:
     """Fine-tune on the right ones of one's own samples: rejection sampling."""
-    asked = sample_replies(load(run)[:2], training_questions(QUESTIONS_OF_SAMPLES), 4, seed)
+    samples = sample_replies(load(run)[:2], training_questions(QUESTIONS_OF_SAMPLES), 4, seed)
     lines = []
-    for question, texts in zip(asked.questions, asked.texts, strict=True):
+    for question, texts in zip(samples.questions, samples.texts, strict=True):
         right = [text for text in texts if exact(question, text)]
         for text in sorted(set(right))[:1]:
             answer = {"role": "assistant", "content": text}
@@ -169,16 +195,23 @@ def train_on_right(run: str, out: Path, seed: int, steps: int) -> TinyLM:
     return sft(SFTConfig(run=run, data=data, train=train, out=str(out))).model
 
 
-def train_on_own_pairs(run: str, out: Path, seed: int, steps: int) -> TinyLM:
+def train_on_own_pairs(
+    run: str,  # the run to start from
+    out: Path,  # folder of the new run
+    seed: int,  # of questions and samples
+    steps: int,  # of training
+) -> TinyLM:
     """Tune on pairs of a right and a wrong sample of one's own."""
-    asked = sample_replies(load(run)[:2], training_questions(QUESTIONS_OF_SAMPLES), 4, seed)
+    samples = sample_replies(load(run)[:2], training_questions(QUESTIONS_OF_SAMPLES), 4, seed)
     lines = []
-    for question, texts in zip(asked.questions, asked.texts, strict=True):
+    for question, texts in zip(samples.questions, samples.texts, strict=True):
         right = sorted({text for text in texts if exact(question, text)})
         wrong = sorted({text for text in texts if not exact(question, text)})
         for chosen, rejected in list(zip(right, wrong, strict=False))[:1]:
             record = {"messages": question.messages, "chosen": chosen, "rejected": rejected}
             lines.append(json.dumps(record))
+
+    # Preference tuning on them.
     path = out.parent / "pairs.jsonl"
     path.write_text("\n".join(lines), "utf-8")
     data = DataConfig(path=str(path), seq_len=256)
@@ -186,7 +219,12 @@ def train_on_own_pairs(run: str, out: Path, seed: int, steps: int) -> TinyLM:
     return dpo(DPOConfig(run=run, data=data, train=train, out=str(out))).model
 
 
-def train_dpo(run: str, out: Path, seed: int, steps: int) -> TinyLM:
+def train_dpo(
+    run: str,  # the run to start from
+    out: Path,  # folder of the new run
+    seed: int,  # of questions and samples
+    steps: int,  # of training
+) -> TinyLM:
     """Tune on DPO's pairs, with the settings of the package."""
     train = training(steps, DPOConfig().train.learning_rate, 16, seed)
     return dpo(DPOConfig(run=run, data=STORIES, train=train, out=str(out))).model
@@ -229,7 +267,11 @@ ARMS = {
 # What is measured.
 
 
-def pass_at(right: int, count: int, k: int) -> float:
+def pass_at(
+    right: int,  # right samples
+    count: int,  # all samples
+    k: int,  # so many may be tried
+) -> float:
     """Return the probability that one of k samples is right (Chen et al. 2021, section 2.1)."""
     return 1 - math.comb(count - right, k) / math.comb(count, k)
 
@@ -244,20 +286,22 @@ def percent(values: list[float]) -> float:
     return round(100 * sum(values) / len(values), 2)
 
 
-def sampled_figures(asked: Asked, count: int) -> dict[str, float]:
+def sampled_figures(samples: Asked, count: int) -> dict[str, float]:
     """Return pass@k, majority vote, and the best of n by the model's own probability."""
     figures: dict[str, float] = {}
     rights = []
-    for question, texts in zip(asked.questions, asked.texts, strict=True):
+    for question, texts in zip(samples.questions, samples.texts, strict=True):
         rights.append([exact(question, text) for text in texts])
     for k in (1, 8, 32, 64):
         if k <= count:
             values = [pass_at(int(sum(right)), count, k) for right in rights]
             figures[f"pass@{k}"] = percent(values)
+
+    # Without a checker: the most frequent reply, and the likeliest one.
     for n in (8, 32, 64):
         votes, likeliest = [], []
         for question, texts, right, logps in zip(
-            asked.questions, asked.texts, rights, asked.logps, strict=True
+            samples.questions, samples.texts, rights, samples.logps, strict=True
         ):
             heads = Counter(first_sentence(text) for text in texts[:n])
             winner = heads.most_common(1)[0][0] + "."
@@ -277,19 +321,28 @@ def held_out() -> list[Question]:
     return [q for q in questions if '"' not in q.prompt.rpartition("?")[2]]
 
 
-def measure(model: TinyLM, reference: TinyLM, tokenizer, count: int) -> dict:
+def measure(
+    model: TinyLM,  # the one to measure
+    reference: TinyLM,  # the run to start from
+    tokenizer,  # the model's
+    count: int,  # all samples
+) -> dict:
     """Ask the held-out questions."""
     questions = held_out()
-    asked = []
+    samples = []
     for question in questions:
         text, right, _ = as_chat(question)
-        asked.append(ScoredQuestion([{"role": "user", "content": text}], right))
-    prompts = [tokenizer.apply_chat_template(q.messages, add_generation_prompt=True) for q in asked]
+        samples.append(ScoredQuestion([{"role": "user", "content": text}], right))
+    prompts = [
+        tokenizer.apply_chat_template(q.messages, add_generation_prompt=True) for q in samples
+    ]
+
+    # The likeliest reply to each, then sampled ones.
     replies = answer_all(model, tokenizer, prompts, 32, ["<|im_end|>"])
     scores = score_replies(questions, replies)
     figures = {name: percent([score.share]) for name, score in scores.items()}
     figures["words"] = round(sum(len(reply.split()) for reply in replies) / len(replies), 2)
-    figures |= sampled_figures(sample_replies((model, tokenizer), asked, count, 0), count)
+    figures |= sampled_figures(sample_replies((model, tokenizer), samples, count, 0), count)
     sampling = SamplingConfig(LONGEST)
     end_ids = end_token_ids(tokenizer)
 
@@ -311,7 +364,13 @@ def last_figures(out: Path) -> dict:
     return {name: [row[name] for row in rows] for name in names} if rows else {}
 
 
-def run_arm(name: str, run: str, seed: int, scale: float, count: int) -> dict:
+def run_arm(
+    name: str,  # of the arm
+    run: str,  # the run to start from
+    seed: int,  # of questions and samples
+    scale: float,  # factor of its steps
+    count: int,  # all samples
+) -> dict:
     """Train an arm, and measure it."""
     model, tokenizer = load(run)[:2]
     if name == "before":
@@ -339,6 +398,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
 
+    # What is there already is not measured again.
     entry: dict = {"figures": {}}
     if args.out.exists():
         entry = json.loads(args.out.read_text("utf-8"))
@@ -353,6 +413,7 @@ def main() -> None:
             entry |= {
                 "command": "python benchmarks/rewards.py --runs RUN-0/sft RUN-1/sft RUN-2/sft",
                 "commit": commit(),
+                "date": str(date.today()),
                 "machine": machine(),
                 "seeds": sorted({int(s) for runs in entry["figures"].values() for s in runs}),
             }
