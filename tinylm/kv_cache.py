@@ -360,9 +360,11 @@ class Int8Cache(KVCache):
         self,
         config: ModelConfig,  # of the model
         layer_idx: int,  # which layer
-        dtype: torch.dtype,  # not used
+        dtype: torch.dtype,  # of what layers without attention keep
         device: torch.device | str | None,  # of the model
     ) -> FullStore:
-        """Make an 8-bit store for each layer."""
+        """Make an 8-bit store for each layer with attention; the others keep little."""
+        if not config.attends(layer_idx):
+            return super().make_store(config, layer_idx, dtype, device)
         shapes = config.cache_shapes(layer_idx)
         return Int8Store(shapes, self.batch_size, self.max_length, dtype, device)
