@@ -406,13 +406,13 @@ def test_sinks_are_the_same_in_blocks_and_at_once(mask, K):
     sinks = torch.randn(H, requires_grad=True)
     direction = torch.randn(2, H, T, HEAD_DIM)
     for each in (mask, None):
-        found = []
+        results = []
         for y in (
             attend_at_once(q, k, v, each, sinks=sinks),
             attend_with_sinks(q, k, v, sinks, each),
         ):
-            found.append((y, *torch.autograd.grad((y * direction).sum(), (q, k, v, sinks))))
-        for one, other in zip(*found, strict=True):
+            results.append((y, *torch.autograd.grad((y * direction).sum(), (q, k, v, sinks))))
+        for one, other in zip(*results, strict=True):
             assert_close(one, other)
 
 

@@ -655,6 +655,8 @@ def config_json(config: ModelConfig) -> dict:
         for name in unset:
             del own[name]
         return {"model_type": "tinylm", **own}
+
+    # A file also names the class that opens it, and the rotation as older programs read it.
     modeling = load_transformers().models.auto.modeling_auto
     architecture = modeling.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf["model_type"]]
     return {"architectures": [architecture], **hf, **old_entries(hf)}

@@ -550,6 +550,8 @@ def load_lora(
     if base_model and base and base_model != base:
         remedy = f"{folder} is for {base!r}: load it into that"
         raise FieldError("base_model", base_model, remedy)
+
+    # The file has the names of the model's family in `transformers`.
     config = _read_config(file, folder)
     names = _names_in_files(model)
     if names:
