@@ -1,6 +1,7 @@
 """Write a file of results, nbs/results/NAME.json, from finished runs or by measuring now.
 
-    python benchmarks/record.py default runs/speedrun-0/base   # the run of `tinylm pretrain`
+    # runs of `tinylm pretrain`, and the report of `tinylm evaluate ... --out runs/report`
+    python benchmarks/record.py default runs/seed-0 runs/seed-1 runs/seed-2
     python benchmarks/record.py speedrun runs/speedrun-0 runs/speedrun-1 runs/speedrun-2
     python benchmarks/record.py loop                          # what makes a step fast
     python benchmarks/record.py trials                        # what makes the recipe good
@@ -119,11 +120,13 @@ def right_percent(score: dict) -> float:
 
 
 def record_default(
-    run: Path,  # folder of the run
-    report: dict,  # its report
-    of_runs: str,  # commit of the code that made it
+    runs: list[Path],  # folders of the runs, which differ in their seed
+    reports: list[dict],  # the report of each
+    of_runs: str,  # commit of the code that made them
 ) -> None:
-    """Write down one run of the default recipe, and its report."""
+    """Write down the first run of the default recipe, its report, and means over all runs."""
+    run = runs[0]
+    report = reports[0]
     final = last(run, "validation_loss")
     answers = report["exact_match"]["all"]
     curve = {row["step"]: round(row["validation_loss"], 4) for row in rows(run, "validation_loss")}
@@ -145,8 +148,17 @@ def record_default(
         "seconds_of_training": round(final["elapsed"], 1),
         "validation_loss_by_step": curve,
     }
-    config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
-    write("default", "tinylm pretrain", [config["train"]["seed"]], figures, of_runs)
+    distances = [percent(report["distance_to_floor"]) for report in reports]
+    right = [right_percent(report["exact_match"]["all"]) for report in reports]
+    figures["over_seeds"] = {
+        "distance_to_the_floor_percent": {**interval(distances), "by_seed": distances},
+        "questions_right_percent": {**interval(right), "by_seed": right},
+    }
+    seeds = []
+    for run in runs:
+        config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+        seeds.append(config["train"]["seed"])
+    write("default", "tinylm pretrain --train.seed N", seeds, figures, of_runs)
 
 
 def stage_figures(reports: list[dict]) -> dict:
@@ -360,9 +372,10 @@ def main() -> None:
 
     # The first two read finished runs, the others measure now.
     if arguments.name == "default":
-        (run,) = map(Path, arguments.runs)
-        report = json.loads((run.parent / "report" / "report.json").read_text("utf-8"))
-        record_default(run, by_name(report)[run.name], arguments.commit)
+        runs = [Path(run) for run in arguments.runs]
+        report = json.loads((runs[0].parent / "report" / "report.json").read_text("utf-8"))
+        reports = [by_name(report)[run.name] for run in runs]
+        record_default(runs, reports, arguments.commit)
     elif arguments.name == "speedrun":
         record_speedrun([Path(run) for run in arguments.runs], arguments.commit)
     elif arguments.name == "loop":

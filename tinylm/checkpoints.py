@@ -469,6 +469,8 @@ def _read_own(hf: dict) -> ModelConfig:
     for name, value in ours.items():
         if isinstance(value, list):
             ours[name] = tuple(value)
+    if "layer_kinds" in hf:
+        ours["layer_types"] = tuple(hf["layer_kinds"])
     return ModelConfig(**ours).resolved()
 
 
@@ -654,6 +656,10 @@ def config_json(config: ModelConfig) -> dict:
             unset += _CONV_FIELDS
         for name in unset:
             del own[name]
+
+        # `transformers`, which opens the tokenizer, refuses types of layers that it does not know.
+        if set(config.layer_types) & set(LAYER_KINDS):
+            own["layer_kinds"] = own.pop("layer_types")
         return {"model_type": "tinylm", **own}
 
     # A file also names the class that opens it, and the rotation as older programs read it.

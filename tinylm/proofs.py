@@ -105,8 +105,8 @@ LAYOUTS: dict[str, ModelConfig] = {  # the kinds of models that the library has
     "GQA, QK-norm, convolution in layer 1 (LFM2)": replace(
         _gqa, qk_norm=True, layer_types=("conv", "full_attention")
     ),
-    "MLA, convolution with biases in layer 2, experts": replace(
-        _mla_experts, layer_types=("full_attention", "conv"), conv_L_cache=4, conv_bias=True
+    "MLA, convolution with biases in layer 2": replace(
+        _mla, layer_types=("full_attention", "conv"), conv_L_cache=4, conv_bias=True
     ),
     "experts in layer 1, MLA, window of 4": replace(
         _mla_experts, mlp_only_layers=(1,), sliding_window=4, layer_types=_window_first
