@@ -296,6 +296,8 @@ class Terminal:
 
         end = time.monotonic() + 60
         while termios.tcgetattr(self.screen)[3] & termios.ICANON and time.monotonic() < end:
+            if self.command.poll() is not None:
+                return  # nobody reads any more
             time.sleep(0.02)
         self.type(text)
 
