@@ -42,7 +42,8 @@ class Voice:
         if cumulative is None:
             return int(self.random() * n)
 
-        # Of the sums 0.2, 0.5, 1.0 a number 0.3 falls below the second: option 1.
+        # With the sums 0.2, 0.5 and 1.0, the number 0.3 lies between the first and the second.
+        # So it chooses option 1, counted from 0.
         return bisect(cumulative, self.random())
 
     def choose(self, options: Sequence):

@@ -173,6 +173,7 @@ def time_limit(seconds: float = 20) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise TimeoutError(f"it ran longer than {seconds:g} seconds")
 
+    # An alarm set before belongs to somebody else, so its function comes back at the end.
     previous = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
