@@ -629,6 +629,8 @@ class ValueResidualBlock(Block):
     The first layer's values travel through the model behind x, and the last block drops them.
     """
 
+    self_attn: Attention  # no other kind has values of heads
+
     def __init__(
         self,
         config: ModelConfig,  # of the model
@@ -636,8 +638,8 @@ class ValueResidualBlock(Block):
     ):
         super().__init__(config, layer_idx)
         if not isinstance(self.self_attn, Attention):
-            remedy = "it mixes values of attention, and layer {} is {}: leave it out"
-            remedy = remedy.format(layer_idx, type(self.self_attn).__name__)
+            kind = type(self.self_attn).__name__
+            remedy = f"it mixes values of attention, and layer {layer_idx} is {kind}: leave it out"
             raise FieldError("value_residual", config.value_residual, remedy)
         self.hidden_size = config.hidden_size
         self.is_last = layer_idx == config.num_hidden_layers - 1
