@@ -516,6 +516,7 @@ def _other_weights(config: ModelConfig) -> dict:
 
 def attention_options(config: ModelConfig) -> dict:
     """Return the arguments with which a model of this config makes `Attention`."""
+    # Sizes that are None follow from others.
     config = config.resolved()
     return {
         "hidden_size": config.hidden_size,
