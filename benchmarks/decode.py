@@ -79,7 +79,11 @@ def read_speed(device: str, seconds: float = 1.0) -> float:
     return best
 
 
-def llama_cpp(file: Path, batch_size: int, options: Options) -> Callable[[], None]:
+def llama_cpp(
+    file: Path,  # a GGUF file
+    batch_size: int,  # texts at a time
+    options: Options,  # of the command line
+) -> Callable[[], None]:  # writes the texts
     """Return a function that lets llama.cpp write the same number of tokens."""
     import xllamacpp
 
@@ -138,6 +142,8 @@ def make_variants(ours: TinyLM) -> tuple[dict[str, TinyLM], dict[str, int]]:
     """Make packed and rounded copies of a model, and measure what memory each takes."""
     models = {"tinylm": ours}
     memory = {}
+
+    # A plain copy shows what memory the weights take as they are.
     for name in ("plain copy", "packed", "int8", "int4"):
         before = resident()
         model = copy.deepcopy(ours)

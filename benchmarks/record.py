@@ -324,15 +324,15 @@ def record_finished_trials(
             changes["model.block"] = "one of its own"  # a trial's class need not be published
 
         # The last loss is that of all validation stories in float32; they are packed in rows.
-        ends = [last(run, "validation_loss") for run in runs]
-        losses = [round(end["validation_loss"], 4) for end in ends]
-        distances = [percent(end["validation_loss"] / end["floor"] - 1) for end in ends]
+        results = [last(run, "validation_loss") for run in runs]
+        losses = [round(end["validation_loss"], 4) for end in results]
+        distances = [percent(end["validation_loss"] / end["floor"] - 1) for end in results]
         of_name = [config["train.seed"] for config in configs]
         seeds.update(of_name)
         figures[name] = {
             "changes": changes if configs[0] is not first else {},
             "seeds": of_name,
-            "steps": ends[0]["step"],
+            "steps": results[0]["step"],
             "validation_loss": losses,
             "distance_to_the_floor_percent": distances,
         }

@@ -68,17 +68,17 @@ def test_cache_goes_back_and_forks(model, kind):
 def test_cache_refuses_before_it_writes(model):
     cache = KVCache(CONFIG, 1, 4)
     model(ids(1, 3), cache=cache)
-    kept = [store.keys.clone() for store in cache.stores]
+    before = [store.keys.clone() for store in cache.stores]
     with pytest.raises(ValueError, match="make it longer"):
         model(ids(1, 2), cache=cache)
-    assert all(torch.equal(a, b.keys) for a, b in zip(kept, cache.stores, strict=True))
+    assert all(torch.equal(a, b.keys) for a, b in zip(before, cache.stores, strict=True))
     assert len(cache.stores) == 4
 
 
 def test_cost_counts_the_inputs_that_are_kept():
     plain = ModelConfig(**{**vars(CONFIG), "layer_types": ()})
-    more = cache_bytes(CONFIG, 1, 64) - cache_bytes(plain, 1, 64)
-    assert more == 2 * 4 * (4 - 1 + 16) * 32  # layers, bytes, positions, numbers
+    added = cache_bytes(CONFIG, 1, 64) - cache_bytes(plain, 1, 64)
+    assert added == 2 * 4 * (4 - 1 + 16) * 32  # layers, bytes, positions, numbers
     work = flops_by_part(CONFIG, 64)
     taps = 2 * 2 * 4 * 32  # layers, a product and a sum, taps, channels
     assert work["projections"] - flops_by_part(plain, 64)["projections"] == taps
@@ -87,7 +87,8 @@ def test_cost_counts_the_inputs_that_are_kept():
 
 @torch.no_grad()
 def test_padded_batch_is_each_text_alone(model):
-    long, short = ids(2, 9)[0].tolist(), ids(2, 9)[1, :4].tolist()
+    long = ids(2, 9)[0].tolist()
+    short = ids(2, 9)[1, :4].tolist()
     config = SamplingConfig(max_new_tokens=6, temperature=0)
     together = generate(model, [long, short], config)
     alone = [generate(model, [text], config)[0] for text in (long, short)]

@@ -121,7 +121,7 @@ def test_mixed_values_as_a_loop():
         values.append(own)
         if len(values) > 1:
             own = layer.shares[0] * own + layer.shares[1] * values[0]
-        x = x + attention(torch.cat((h, own), -1), rope)
+        x = x + attention(h, rope, values=own)
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     torch.testing.assert_close(model(ids), model.lm_head(model.model.norm(x)))
 
@@ -219,14 +219,14 @@ def test_layers_of_other_kinds_stay():
         "ShortConv",
         "GatedAttention",
     ]
-    with pytest.raises(FieldError, match="ValueResidualBlock needs attention in every layer"):
+    with pytest.raises(FieldError, match="layer 0 is ShortConv: leave it out"):
         TinyLM(config, ValueResidualBlock)
 
 
 # Bad input
 
 
-@pytest.mark.parametrize("block", [GatedBlock, SoftcapBlock, SinkBlock, ValueResidualBlock])
+@pytest.mark.parametrize("block", [GatedBlock, SoftcapBlock, SinkBlock])
 def test_latent_attention_is_refused(block):
     with pytest.raises(FieldError, match=f"{block.__name__} needs attention with heads"):
         TinyLM(LAYOUTS["MLA"], block)

@@ -139,15 +139,20 @@ class Attention(nn.Module):
             self.q_norm = norm_class(H * d if qk_norm_full else d, eps=rms_norm_eps)
             self.k_norm = norm_class(K * d if qk_norm_full else d, eps=rms_norm_eps)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Make queries (B, H, T, d), keys and values (B, K, T, d) from x (B, T, D).
+    def project(
+        self,
+        x: Tensor,  # (B, T, D)
+        values: Tensor | None = None,  # (B, T, K * d) made elsewhere; None: project x
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Make queries (B, H, T, d), keys and values (B, K, T, d).
 
         Override this method to build another kind of attention.
         """
         # Project, and cut into heads.
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, d)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, K, d)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, K, d)
+        values = self.v_proj(x) if values is None else values
+        v = values.unflatten(-1, (-1, self.head_dim))  # (B, T, K, d)
 
         # Give queries and keys a constant length.
         q = apply_norm(self.q_norm, q)
@@ -161,10 +166,11 @@ class Attention(nn.Module):
         mask: Tensor | None = None,  # bool, broadcasts to (B, H, T, S), True = may attend
         cache=None,  # keeps earlier keys and values: update(k, v, layer_idx) -> those of all S
         layer_idx: int = 0,  # number of this layer, passed to the cache
+        values: Tensor | None = None,  # (B, T, K * d) made elsewhere; None: project x
     ) -> Tensor:  # (B, T, D)
         """Apply attention to x; without a mask it is causal."""
         # Project.
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, values)
 
         # Rotate. Norms and rotation may return a more exact dtype than the rest.
         if rope is not None:

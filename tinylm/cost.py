@@ -177,9 +177,9 @@ def cache_bytes(
         positions = length if window is None else min(length, window - 1 + spare)
         stored = sum(heads * size for heads, size in config.cache_shapes(layer_idx))
         numbers += positions * stored
-        kept = config.kept_inputs(layer_idx)
-        if kept:
-            numbers += min(length, kept - 1 + spare) * config.hidden_size
+        inputs = config.kept_inputs(layer_idx)
+        if inputs:
+            numbers += min(length, inputs - 1 + spare) * config.hidden_size
     return batch_size * numbers * dtype.itemsize
 
 # %% ../nbs/16_cost.ipynb #20f02148

@@ -69,7 +69,7 @@ def load_sampling(name: str | Path) -> SamplingConfig:
 # %% ../nbs/60_hub.ipynb #a073cf06
 def to_transformers(model: TinyLM, **extra: object) -> Any:
     """Return the same model as one of `transformers`, with `extra` entries in its config."""
-    if any(type(layer) is not Block for layer in model.model.layers):
+    if model.config.block:
         problem = f"model.block='{model.config.block}': no family computes what this block does"
         raise ValueError(f"{problem}; save_model writes the model for this library")
     hf = config_to_hf(model.config)

@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['ReLUSquared', 'ReLUSquaredBlock', 'StepwiseAttention', 'AttentionBlock', 'GatedAttention', 'GatedBlock',
-           'attend_by_hand', 'SoftcapAttention', 'SoftcapBlock', 'SinkAttention', 'SinkBlock', 'GivenValueAttention',
-           'ValueResidualBlock', 'tap_mask', 'with_earlier', 'ShiftBlock']
+           'attend_by_hand', 'SoftcapAttention', 'SoftcapBlock', 'SinkAttention', 'SinkBlock', 'tap_mask',
+           'with_earlier', 'ShiftBlock']
 
 # %% ../nbs/63_parts.ipynb #fa399ab6
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention, apply_norm, attend, causal_mask
+from .attention import Attention, attend, causal_mask
 from .basics import FieldError
 from .kv_cache import FullStore, KVCache
-from .model import LAYER_TYPES, Block, ModelConfig
-from .moe import MoE
+from .model import LAYER_TYPES, Block, ModelConfig, ValueResidualBlock
 from .rope import apply_rope
 from .shortconv import mix_neighbors
 
@@ -78,9 +77,10 @@ class StepwiseAttention(Attention):
         mask: Tensor | None = None,  # True = may attend; None: causal
         cache=None,  # keeps earlier keys and values
         layer_idx: int = 0,  # number of this layer, passed to the cache
+        values: Tensor | None = None,  # (B, T, K * d) made elsewhere; None: project x
     ) -> Tensor:  # (B, T, D)
         """Apply attention to x, as `Attention` does."""
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, values)
         if rope is not None:
             q = apply_rope(q, *rope)
             k = apply_rope(k, *rope)
@@ -232,78 +232,6 @@ class SinkBlock(AttentionBlock):
 
     attention_class = SinkAttention
 
-# %% ../nbs/63_parts.ipynb #f7e89287
-def _add_feed_forward(block: Block, x: Tensor, token_mask: Tensor | None) -> Tensor:
-    """Do the second half of a block."""
-    h = block.post_attention_layernorm(x)
-    if isinstance(block.mlp, MoE):
-        return x + block.mlp(h, token_mask)
-    return x + block.mlp(h)
-
-
-class GivenValueAttention(Attention):
-    """Attention that gets its values behind its input: (B, T, D + K * d) comes in."""
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Make queries and keys from the first D numbers; the others are the values."""
-        D = self.q_proj.in_features
-        q = self.q_proj(x[..., :D]).unflatten(-1, (-1, self.head_dim))  # (B, T, H, d)
-        k = self.k_proj(x[..., :D]).unflatten(-1, (-1, self.head_dim))  # (B, T, K, d)
-        v = x[..., D:].to(k.dtype).unflatten(-1, (-1, self.head_dim))  # (B, T, K, d)
-
-        # Give queries and keys a constant length, as `Attention` does.
-        q = apply_norm(self.q_norm, q)
-        k = apply_norm(self.k_norm, k)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-
-class ValueResidualBlock(AttentionBlock):
-    """A block that mixes its values with those of the first layer (Zhou et al. 2024).
-
-    The first layer's values travel through the model behind x, and the last block drops them.
-    """
-
-    attention_class = GivenValueAttention
-
-    def __init__(
-        self,
-        config: ModelConfig,  # of the model
-        layer_idx: int,  # which layer this is, from 0
-    ):
-        super().__init__(config, layer_idx)
-        if not isinstance(self.self_attn, Attention):
-            remedy = "ValueResidualBlock needs attention in every layer, leave it out"
-            raise FieldError("layer_types", config.layer_types, remedy)
-        self.is_last = layer_idx == config.num_hidden_layers - 1
-        if layer_idx > 0:
-            self.shares = nn.Parameter(torch.full((2,), 0.5))  # own values, first values
-
-    def forward(
-        self,
-        x: Tensor,  # (B, T, D), after the first layer (B, T, D + K * d)
-        rope: Tensor | None = None,  # cos and sin for attention; None: nothing is rotated
-        mask: Tensor | None = None,  # for attention; None: causal
-        cache=None,  # for attention: keys and mixed values of earlier calls
-        token_mask: Tensor | None = None,  # (B, T) for experts: False is padding
-    ) -> Tensor:  # (B, T, D + K * d), from the last layer (B, T, D)
-        """Do what `Block` does, with mixed values."""
-        D = self.self_attn.q_proj.in_features
-        first = x[..., D:]
-        x = x[..., :D]
-        h = self.input_layernorm(x)
-
-        # The first layer has nothing to mix, and hands its values on.
-        v = self.self_attn.v_proj(h)
-        if self.layer_idx == 0:
-            first = v
-        else:
-            v = self.shares[0] * v + self.shares[1] * first
-
-        rope = rope if self.use_rope else None
-        x = x + self.self_attn(torch.cat((h, v), -1), rope, mask, cache, self.layer_idx)
-        x = _add_feed_forward(self, x, token_mask)
-        return x if self.is_last else torch.cat((x, first), -1)
-
 # %% ../nbs/63_parts.ipynb #e6bf1956
 def tap_mask(
     mask: Tensor | None,  # of attention: (B, 1, T, S) where texts are packed or padded
@@ -374,4 +302,4 @@ class ShiftBlock(Block):
         h = self.shift(self.input_layernorm(x), mask, cache)
         rope = rope if self.use_rope else None
         x = x + self.self_attn(h, rope, mask, cache, self.layer_idx)
-        return _add_feed_forward(self, x, token_mask)
+        return self.add_mlp(x, token_mask)

@@ -102,6 +102,16 @@ LAYOUTS: dict[str, ModelConfig] = {  # the kinds of models that the library has
     "GQA, QK-norm, attention after a convolution (Canon)": replace(
         _gqa, qk_norm=True, layer_types=("canon_attention",) * 2, conv_L_cache=4
     ),
+    "the same, values of the first layer (default recipe)": replace(
+        _gqa,
+        qk_norm=True,
+        layer_types=("canon_attention",) * 2,
+        conv_L_cache=4,
+        value_residual=True,
+    ),
+    "experts, values of the first layer, window of 4": replace(
+        _gqa_experts, value_residual=True, sliding_window=4
+    ),
     "GQA, QK-norm, convolution in layer 1 (LFM2)": replace(
         _gqa, qk_norm=True, layer_types=("conv", "full_attention")
     ),
@@ -115,9 +125,6 @@ LAYOUTS: dict[str, ModelConfig] = {  # the kinds of models that the library has
     "GQA, caps (Gemma 2)": replace(_gemma, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     "GQA, norms before and after (Gemma 3)": replace(
         _gemma, qk_norm=True, rope_parameters={"sliding_attention": {"rope_theta": 1e3}}
-    ),
-    "short convolution in layer 1 (LFM2)": replace(
-        _gqa, qk_norm=True, layer_types=("conv", "full_attention")
     ),
     "experts with biases, sinks (gpt-oss)": replace(
         _gqa_experts,

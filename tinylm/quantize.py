@@ -519,7 +519,10 @@ def prepare_decoding(model: TinyLM) -> None:
 
     # Layer by layer: the old weights are freed as soon as they are laid out.
     for path in [path for path, _ in model.named_modules()]:
-        fused = _fused(_find(model, path))
+        layer = _find(model, path)
+        if isinstance(layer, Attention) and model.config.value_residual:
+            continue  # the block itself makes its values
+        fused = _fused(layer)
         if fused is not None:
             replace_module(model, path, fused)
 

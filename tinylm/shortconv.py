@@ -160,12 +160,13 @@ class CanonAttention(Attention):
         mask=None,  # one for attention and one for the taps, made by `make_mask`
         cache=None,  # keeps keys and values, and earlier inputs
         layer_idx: int = 0,  # number of this layer, passed to the cache
+        values: Tensor | None = None,  # (B, T, K * d) made elsewhere; None: project the mixture
     ) -> Tensor:  # (B, T, D)
         """Mix each input with the ones before it, then attend."""
         of_attention, of_taps = (None, None) if mask is None else mask
         inputs = x if cache is None else cache.update_inputs(x, layer_idx)
         x = x + mix_neighbors(inputs, self.canon.weight, of_taps, x.shape[1])
-        return super().forward(x, rope, of_attention, cache, layer_idx)
+        return super().forward(x, rope, of_attention, cache, layer_idx, values)
 
     @staticmethod
     def make_mask(
