@@ -508,6 +508,11 @@ def test_the_tokenizer_beside_a_model_of_our_own_opens_without_a_warning(
 
 REMEDIES = {
     "--model.layer-types full_attention full_attention": CANON,
+    "--model.layer-types full_attention --model.no-value-residual": {
+        "layer_types": ("canon_attention",),
+        "conv_L_cache": 4,
+        "value_residual": True,
+    },
     "--model.partial-rotary-factor 1.0": {"partial_rotary_factor": 0.5, "head_dim": 8},
 }
 
@@ -520,13 +525,14 @@ def test_export_names_what_is_in_the_way_and_the_flags(flags, tokenizer, tmp_pat
     words = ["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
     assert main(words) == 2 and not (tmp_path / "out").exists()
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    name = next(iter(shape))  # a head of 8 needs no change
+    name = next(iter(shape))
     assert f"to be a qwen3 change {name}={shape[name]!r}" in line
     assert line.endswith(f"; pretrain with {flags} to export it")
 
 
-def test_what_the_export_of_the_default_model_advises_is_opened(tmp_path):
-    same = {"layer_types": ("full_attention",) * 2}
+@pytest.mark.parametrize("kinds", [("full_attention",), ("full_attention",) * 2])
+def test_what_the_export_of_the_default_model_advises_is_opened(kinds, tmp_path):
+    same = {"layer_types": kinds}
     ours = scramble(TinyLM(ModelConfig(vocab_size=47, **SIZES, **same)))
     save_model(ours, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -51,7 +51,7 @@ REFUSED = {
     "use one of silu, gelu_new": {"hidden_act": "relu"},
     "there are 4 layers": {"first_k_dense_replace": 5},
     "num_experts=-1": {"num_experts": -1},
-    "give full_attention or sliding_attention for each of": {"layer_types": (FULL,)},
+    "give a type for each of the 4 layers, or one for all": {"layer_types": (FULL,) * 2},
     "full is unknown: use full_attention, sliding": {"layer_types": ("full",) * 4},
     "sliding_window=None: layer_types has sliding": {"layer_types": (SLIDING,) * 4},
     "use the keys full_attention or sliding_attention": {"rope_parameters": {"global": {}}},
@@ -163,9 +163,10 @@ def test_equal_layers_may_be_listed(kind, window):
     uniform = replace(SMALL, sliding_window=window)
     torch.manual_seed(0)
     expected = Decoder(uniform)(random_ids(1, 12))
-    torch.manual_seed(0)
-    listed = Decoder(replace(uniform, layer_types=(kind, kind)))(random_ids(1, 12))
-    assert_close(listed, expected, rtol=0, atol=0)
+    for kinds in ((kind, kind), (kind,)):  # one for each layer, one for all
+        torch.manual_seed(0)
+        listed = Decoder(replace(uniform, layer_types=kinds))(random_ids(1, 12))
+        assert_close(listed, expected, rtol=0, atol=0)
 
 
 def test_balancing_losses_count_once():

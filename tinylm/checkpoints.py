@@ -542,7 +542,7 @@ def _write_family(config: ModelConfig, model_type: str) -> dict:
     elif not config.learned_positions:
         hf["rope_parameters"] = _write_rope(config.rope_theta, config.rope_scaling)
     if config.layer_types and family.mixed_layers:
-        hf["layer_types"] = list(config.layer_types)
+        hf["layer_types"] = [config.layer_type(i) for i in range(config.num_hidden_layers)]
 
     # Which tokens are special is said by the tokenizer, not by the defaults of a family.
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):

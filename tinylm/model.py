@@ -119,7 +119,8 @@ class VariantFields:
     partial_rotary_factor: float = 1.0  # share of each head that is rotated
     no_rope_layers: tuple[int, ...] = ()  # layers without rotary embedding (NoPE), from 0
     sliding_window: int | None = None  # positions a token sees, itself included; None: all
-    # full_attention, sliding_attention or another kind for each layer; empty: all layers are alike
+    # full_attention, sliding_attention or another kind for each layer, or one for all; empty: as
+    # sliding_window says
     layer_types: tuple[str, ...] = ()
     qk_norm: bool = True  # RMSNorm of queries and keys, as in Qwen3
     qk_norm_full: bool = False  # that norm over all heads together, as in OLMoE
@@ -259,7 +260,7 @@ def _check_layers(config: "ModelConfig") -> None:
     L = config.num_hidden_layers
     numbers = f"there are layers 0 to {L - 1}"
     attention = " or ".join(LAYER_TYPES)
-    has_all = len(config.layer_types) in (0, L)
+    has_all = len(config.layer_types) in (0, 1, L)
     needs_window = "sliding_attention" in config.layer_types
     other_kinds = set(config.layer_types) - set(LAYER_TYPES)
     lost_window = config.sliding_window and config.layer_types and not needs_window
@@ -268,7 +269,7 @@ def _check_layers(config: "ModelConfig") -> None:
         "no_rope_layers": (all(0 <= i < L for i in config.no_rope_layers), numbers),
         "first_k_dense_replace": (config.first_k_dense_replace <= L, f"there are {L} layers"),
         "mlp_only_layers": (all(0 <= i < L for i in config.mlp_only_layers), numbers),
-        "layer_types": (has_all, f"give {attention} for each of the {L} layers"),
+        "layer_types": (has_all, f"give a type for each of the {L} layers, or one for all"),
         "sliding_window": (
             config.sliding_window or not needs_window,
             "layer_types has sliding_attention: give the number of positions it sees",
@@ -346,7 +347,8 @@ class ModelConfig(OptionalParts, VariantFields, CoreFields):
     def layer_type(self, layer_idx: int) -> str:
         """Return the type of a layer: full_attention, sliding_attention or another kind."""
         if self.layer_types:
-            return self.layer_types[layer_idx]
+            is_for_all = len(self.layer_types) == 1
+            return self.layer_types[0 if is_for_all else layer_idx]
         return "sliding_attention" if self.sliding_window else "full_attention"
 
     def window_of(self, layer_idx: int) -> int | None:
@@ -679,7 +681,8 @@ def choose_block(config: ModelConfig, block: type[Block]) -> type[Block]:
         return block
     if block is Block:
         return ValueResidualBlock
-    remedy = f"{block.__name__} does not mix values: let it inherit from ValueResidualBlock"
+    remedy = f"{block.__name__} does not mix values: let it inherit from "
+    remedy += "ValueResidualBlock, or leave value_residual out (--model.no-value-residual)"
     raise FieldError("value_residual", config.value_residual, remedy)
 
 # %% ../nbs/15_model.ipynb #36ccfc7b
