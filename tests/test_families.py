@@ -565,7 +565,7 @@ def test_the_tokenizer_beside_a_model_of_our_own_opens_without_a_warning(
 
 
 REMEDIES = {
-    "--model.layer-types full_attention full_attention": CANON,
+    "--model.layer-types full_attention": CANON,
     "--model.layer-types full_attention --model.no-value-residual": {
         "layer_types": ("canon_attention",),
         "conv_L_cache": 4,

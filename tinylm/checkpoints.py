@@ -590,9 +590,9 @@ def needed_changes(
     # alike, no list says so.
     kinds = FAMILIES[model_type].kinds
     layer_types = [kind if kind in kinds else "full_attention" for kind in config.layer_types]
-    if layer_types != list(config.layer_types):
-        changes["layer_types"] = tuple(layer_types)
     alike = set(layer_types) in ({"full_attention"}, {"sliding_attention"})
+    if layer_types != list(config.layer_types):
+        changes["layer_types"] = tuple(layer_types[:1] if alike else layer_types)
     config = replace(config, layer_types=() if alike else tuple(layer_types))
 
     back = config_from_hf(_write_family(config, model_type))

@@ -257,7 +257,8 @@ def _quantize_experts(experts: Experts, scheme: Scheme) -> LinearExperts:
             linear.append(quantize_weight(weight, scheme, bias))
         layers.append(linear)
     clamp = (experts.limit, experts.alpha) if isinstance(experts, ClampedExperts) else None
-    return LinearExperts(*layers, clamp)
+    gate_up, down = layers
+    return LinearExperts(gate_up, down, clamp)
 
 
 def quantize_model(model: TinyLM, name: str) -> None:
