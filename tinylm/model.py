@@ -688,7 +688,9 @@ class Decoder(nn.Module):
         config = name_block(config, block)
         if config.value_residual and block.forward is not Block.forward:
             remedy = f"{block.__name__} has a `forward` of its own, which does not mix values"
-            raise FieldError("value_residual", True, f"{remedy}: leave it out")
+            raise FieldError(
+                "value_residual", True, f"{remedy}: leave it out (--model.no-value-residual)"
+            )
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = [block(config, i) for i in range(config.num_hidden_layers)]
