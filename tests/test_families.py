@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -17,9 +18,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tinylm.chat_template import Tokenizer
 from tinylm.checkpoints import FAMILIES as HERE
 from tinylm.checkpoints import load_model, save_model, their_tensors
+from tinylm.cli import main
+from tinylm.decoding import speculative_generate
+from tinylm.generate import SamplingConfig, generate
 from tinylm.hub import load, save
 from tinylm.lora import LoraConfig, add_lora, load_lora, save_lora
 from tinylm.model import ModelConfig, TinyLM
+from tinylm.quantize import prepare_decoding, quantize_model
 from tinylm.sft import SFTConfig, open_base
 from tinylm.tokenizer import CHATML_TEMPLATE
 
@@ -147,7 +152,7 @@ ENTRIES = {
         "rope_scaling": LLAMA3,
         "original_max_position_embeddings": 16,
     },
-    "partial_rotary_factor": {"partial_rotary_factor": 0.5},
+    "partial_rotary_factor": {"partial_rotary_factor": 0.5, "head_dim": 8},
     "is_causal": {"is_causal": False},
     "layer_types": WINDOW,
     "layer_types with a switch": {
@@ -234,6 +239,36 @@ def test_new_families_are_read_from_several_files(family, tmp_path):
     theirs.save_pretrained(tmp_path / "sharded", max_shard_size="9KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     assert difference(load_model(tmp_path / "sharded"), theirs) < 1e-3
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_new_families_write_the_same_text_in_every_way(family, tmp_path):
+    make_theirs(family, tmp_path / "model")
+    ours = load_model(tmp_path / "model")
+    torch.manual_seed(0)
+    draft = TinyLM(ModelConfig(vocab_size=47, **SIZES, initializer_range=0.4)).eval()
+    greedy = SamplingConfig(16, temperature=0)
+    prompts = [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10], [11]]
+
+    # One by one, padded in a batch, guessed by another model, with weights laid out anew.
+    texts = [generate(ours, [prompt], greedy)[0] for prompt in prompts]
+    assert generate(ours, prompts, greedy) == texts
+    assert [speculative_generate(ours, draft, prompt, greedy) for prompt in prompts] == texts
+    prepared = copy.deepcopy(ours)
+    prepare_decoding(prepared)
+    assert generate(prepared, prompts, greedy) == texts
+
+    # Rounded weights are near, also laid out, and as bfloat16. A token that goes to another expert
+    # because of the rounding counts much in a model as small as this.
+    bound = 0.3 if ours.config.num_experts else 0.1
+    rounded = copy.deepcopy(ours)
+    quantize_model(rounded, "int8")
+    with torch.no_grad():
+        logits = ours(IDS)
+        assert (rounded(IDS) - logits).norm() < bound * logits.norm()
+        prepare_decoding(rounded)
+        assert (rounded(IDS) - logits).norm() < bound * logits.norm()
+        assert (copy.deepcopy(ours).bfloat16()(IDS) - logits).norm() < bound * logits.norm()
 
 
 @pytest.mark.parametrize("family", [name for name in HERE if HERE[name].same_file])
@@ -427,6 +462,98 @@ def test_saved_files_speak_the_words_of_transformers_4(scaling, tokenizer, tmp_p
         )
         again = AutoTokenizer.from_pretrained(tmp_path / name)
         assert again.convert_tokens_to_ids("<|im_end|>") in again.all_special_ids
+
+
+SPREAD = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+CANON = {"layer_types": ("canon_attention",) * 2, "conv_L_cache": 4}
+OWN = {  # shapes that no family has, or whose files have other tensors
+    "canon": CANON,
+    "canon, stretched": {**CANON, "rope_scaling": SPREAD},
+    "stretched by position": {**CANON, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "a rotation for windows": {
+        "layer_types": ("full_attention", "sliding_attention"),
+        "sliding_window": 5,
+        "rope_parameters": {"sliding_attention": {"rope_theta": 500.0}},
+    },
+    "half rotated": {"partial_rotary_factor": 0.5, "head_dim": 8, "rope_scaling": SPREAD},
+    "experts": {"num_experts": 4, "rope_scaling": SPREAD},
+}
+
+
+@pytest.mark.parametrize("shape", OWN)
+def test_the_tokenizer_beside_a_model_of_our_own_opens_without_a_warning(
+    shape, tokenizer, tmp_path, recwarn
+):
+    model = TinyLM(ModelConfig(vocab_size=len(tokenizer), **SIZES, **OWN[shape]))
+    save_model(model, tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "tinylm"
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    library = logging.getLogger("transformers")
+    transformers.logging.set_verbosity_warning()
+    library.addHandler(handler)
+    try:
+        theirs = AutoTokenizer.from_pretrained(tmp_path)
+    finally:
+        library.removeHandler(handler)
+        transformers.logging.set_verbosity_error()
+    assert [record.getMessage() for record in records] == []
+    assert [str(warning.message) for warning in recwarn if "rope" in str(warning.message)] == []
+    assert theirs.tokenize("the ducks") == tokenizer.hf_tokenizer.tokenize("the ducks")
+    opened, reader = load(tmp_path)
+    assert opened.config == model.config and len(reader) == len(tokenizer)
+
+
+REMEDIES = {
+    "--model.layer-types full_attention full_attention": CANON,
+    "--model.partial-rotary-factor 1.0": {"partial_rotary_factor": 0.5, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("flags", REMEDIES)
+def test_export_names_what_is_in_the_way_and_the_flags(flags, tokenizer, tmp_path, capsys):
+    shape = REMEDIES[flags]
+    save_model(TinyLM(ModelConfig(vocab_size=len(tokenizer), **SIZES, **shape)), tmp_path / "run")
+    tokenizer.save_pretrained(tmp_path / "run")
+    words = ["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    assert main(words) == 2 and not (tmp_path / "out").exists()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    name = next(iter(shape))  # a head of 8 needs no change
+    assert f"to be a qwen3 change {name}={shape[name]!r}" in line
+    assert line.endswith(f"; pretrain with {flags} to export it")
+
+
+def test_what_the_export_of_the_default_model_advises_is_opened(tmp_path):
+    same = {"layer_types": ("full_attention",) * 2}
+    ours = scramble(TinyLM(ModelConfig(vocab_size=47, **SIZES, **same)))
+    save_model(ours, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(theirs).__name__ == "Qwen3ForCausalLM" and difference(ours, theirs) < 1e-3
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss"])
+def test_the_commands_tune_a_new_family_and_go_on_from_there(family, tokenizer, tmp_path, capsys):
+    tokenizer.hf_tokenizer.chat_template = CHATML_TEMPLATE
+    make_theirs(family, tmp_path / "model", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(tmp_path / "model")
+    pairs = [{"prompt": f"pond {i}?", "chosen": "ducks", "rejected": "the"} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    chats = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    few = "--train.max-steps 3 --train.batch-size 4 --train.num-threads 1 --data.seq-len 64"
+    few += " --train.sample-interval 0"
+    for words in (
+        f"sft --run {tmp_path}/model --out {tmp_path}/sft --data.path {tmp_path}/chats.jsonl {few}",
+        f"dpo --run {tmp_path}/sft --out {tmp_path}/dpo --data.path {tmp_path}/pairs.jsonl {few}",
+        f"generate --run {tmp_path}/dpo --max-new-tokens 8 --quantize int8",
+        f"export --run {tmp_path}/dpo --out {tmp_path}/exported",
+    ):
+        assert main(words.split()) == 0, capsys.readouterr().err[-500:]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert theirs.config.model_type == family
+    assert difference(load_model(tmp_path / "dpo"), theirs) < 1e-3
 
 
 def test_names_of_old_files_by_family(tmp_path):

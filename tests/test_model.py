@@ -51,7 +51,7 @@ REFUSED = {
     "use one of silu, gelu_new": {"hidden_act": "relu"},
     "there are 4 layers": {"first_k_dense_replace": 5},
     "num_experts=-1": {"num_experts": -1},
-    "give full_attention or sliding_attention for each of": {"layer_types": (FULL,)},
+    "give full_attention or sliding_attention for each of": {"layer_types": (FULL, FULL)},
     "full is unknown: use full_attention, sliding": {"layer_types": ("full",) * 4},
     "sliding_window=None: layer_types has sliding": {"layer_types": (SLIDING,) * 4},
     "use the keys full_attention or sliding_attention": {"rope_parameters": {"global": {}}},
@@ -64,6 +64,14 @@ def test_a_mistake_in_a_config_names_its_field(message):
     """The error says which field is wrong, and what would be right."""
     with pytest.raises(ValueError, match=re.escape(message)):
         ModelConfig(**REFUSED[message])
+
+
+def test_one_type_is_for_all_layers():
+    """A type that is given once is that of every layer, also where the number of layers changes."""
+    once = replace(SMALL, layer_types=(SLIDING,), sliding_window=4)
+    assert [replace(once, num_hidden_layers=5).layer_type(i) for i in range(5)] == [SLIDING] * 5
+    assert once.resolved().layer_types == (SLIDING, SLIDING)
+    assert TinyLM(once).config == TinyLM(replace(once, layer_types=(SLIDING,) * 2)).config
 
 
 def test_a_block_adds_its_two_branches():

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TheirConfig', 'FAMILIES', 'COMPUTED', 'own_weight', 'transposed', 'Layout', 'read_nothing', 'write_nothing', 'Family',
            'write_window', 'write_layer_types', 'experts_transposed', 'load_transformers', 'config_from_hf',
-           'old_entries', 'unsupported_fields', 'config_to_hf', 'files_layout', 'config_json', 'their_name',
-           'their_tensors', 'fill', 'save_model', 'read_config', 'load_weights', 'load_model']
+           'old_entries', 'needed_changes', 'unsupported_fields', 'nearest_family', 'config_to_hf', 'files_layout',
+           'config_json', 'their_name', 'their_tensors', 'fill', 'save_model', 'read_config', 'load_weights',
+           'load_model']
 
 # %% ../nbs/18_checkpoints.ipynb #acea4932
 import copy
@@ -14,7 +15,8 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -572,17 +574,28 @@ def _rotates_alike(config: ModelConfig, other: ModelConfig) -> bool:
     return all(config.rope_settings(kind) == other.rope_settings(kind) for kind in LAYER_TYPES)
 
 
-def unsupported_fields(config: ModelConfig, model_type: str) -> list[str]:
-    """Return the settings that a family cannot represent, as `field=value`.
+def needed_changes(
+    config: ModelConfig,  # of a model
+    model_type: str,  # of a family
+) -> dict[str, object]:  # empty: the family can represent it
+    """Return the fields that a family cannot represent, with the nearest values that it can.
 
     The config is converted and converted back: fields that change on the way are the ones that the
     family cannot express.
     """
     config = config.resolved()
-    try:
-        back = config_from_hf(_write_family(config, model_type))
-    except Exception as error:  # the checks of transformers have kinds of their own
-        return [first_line(error)]
+    changes: dict[str, object] = {}
+
+    # Where the family lacks a type of layer, full attention is the nearest. If all layers are
+    # alike, no list says so.
+    kinds = FAMILIES[model_type].kinds
+    layer_types = [kind if kind in kinds else "full_attention" for kind in config.layer_types]
+    if layer_types != list(config.layer_types):
+        changes["layer_types"] = tuple(layer_types)
+    alike = set(layer_types) in ({"full_attention"}, {"sliding_attention"})
+    config = replace(config, layer_types=() if alike else tuple(layer_types))
+
+    back = config_from_hf(_write_family(config, model_type))
     settings = asdict(config)
     if config.attention_out_bias == config.attention_bias:
         settings["attention_out_bias"] = None
@@ -591,11 +604,38 @@ def unsupported_fields(config: ModelConfig, model_type: str) -> list[str]:
     idle = _idle_fields(config)
     if config.rope_parameters and _rotates_alike(config, back):
         idle.update(("rope_theta", "rope_scaling", "rope_parameters"))
-    unsupported = []
     for name, value in settings.items():
         if name not in idle and getattr(back, name) != value:
-            unsupported.append(f"{name}={value!r}")
-    return unsupported
+            changes[name] = getattr(back, name)
+    return changes
+
+
+def unsupported_fields(config: ModelConfig, model_type: str) -> list[str]:
+    """Return the settings that a family cannot represent, as `field=value`."""
+    settings = asdict(config.resolved())
+    try:
+        changes = needed_changes(config, model_type)
+    except Exception as error:  # the checks of transformers have kinds of their own
+        return [first_line(error)]
+    return [f"{name}={settings[name]!r}" for name in changes]
+
+
+def nearest_family(
+    config: ModelConfig,  # of the model
+    model_types: Iterable[str] | None = None,  # families to choose from; None: all
+) -> tuple[str, dict[str, object]]:  # its model_type, and the changes
+    """Return the first of the families that need the fewest changes, and these changes."""
+    candidates = list(FAMILIES if model_types is None else model_types)
+    changes_of = {}
+    for name in candidates:
+        with suppress(Exception):  # the family cannot say such a config at all
+            changes_of[name] = needed_changes(config, name)
+    if not changes_of:
+        raise ValueError(
+            f"no family has this shape: {unsupported_fields(config, candidates[0])[0]}"
+        )
+    best = min(changes_of, key=lambda name: len(changes_of[name]))
+    return best, changes_of[best]
 
 
 def config_to_hf(
@@ -606,12 +646,10 @@ def config_to_hf(
 
     If none can, a ValueError names what would have to change.
     """
-    candidates = list(FAMILIES if model_types is None else model_types)
-    unsupported = {name: unsupported_fields(config, name) for name in candidates}
-    best = min(candidates, key=lambda name: len(unsupported[name]))
-    if unsupported[best]:
-        changes = ", ".join(unsupported[best])
-        raise ValueError(f"no family has this shape; to be a {best} change {changes}")
+    best, changes = nearest_family(config, model_types)
+    if changes:
+        settings = ", ".join(unsupported_fields(config, best))
+        raise ValueError(f"no family has this shape; to be a {best} change {settings}")
     return _write_family(config, best)
 
 # %% ../nbs/18_checkpoints.ipynb #6bb398aa
@@ -660,7 +698,10 @@ def config_json(config: ModelConfig) -> dict:
         # `transformers`, which opens the tokenizer, refuses types of layers that it does not know.
         if set(config.layer_types) & set(LAYER_KINDS):
             own["layer_kinds"] = own.pop("layer_types")
-        return {"model_type": "tinylm", **own}
+
+        # It warns of a model that it does not know, and fails on some settings, unless there is an
+        # entry for a model without a name: then it reads that one.
+        return {"model_type": "tinylm", **own, "tokenizer_only": {"model_type": ""}}
 
     # A file also names the class that opens it, and the rotation as older programs read it.
     modeling = load_transformers().models.auto.modeling_auto

@@ -8,9 +8,9 @@ __all__ = ['COMMANDS', 'import_block', 'block_errors', 'check_block', 'require_b
            'is_first_process', 'print_next', 'as_minutes', 'note_warmup', 'note_machine', 'run_pretrain', 'tune',
            'run_sft', 'run_dpo', 'run_grpo', 'GenerateConfig', 'run_generate', 'ChatConfig', 'run_chat', 'default_text',
            'EvaluateConfig', 'text_of_run', 'measure_run', 'run_evaluate', 'InfoConfig', 'describe', 'default_info',
-           'values_to_show', 'run_info', 'ExportConfig', 'write_quantized', 'run_export', 'values_of_search',
-           'run_sweep', 'SpeedrunConfig', 'print_and_start', 'run_speedrun', 'run_exercises', 'Command', 'flags_of',
-           'class_defaults', 'start']
+           'values_to_show', 'run_info', 'ExportConfig', 'write_quantized', 'check_family', 'run_export',
+           'values_of_search', 'run_sweep', 'SpeedrunConfig', 'print_and_start', 'run_speedrun', 'run_exercises',
+           'Command', 'flags_of', 'class_defaults', 'start']
 
 # %% ../nbs/68_commands.ipynb #cfecbfbe
 import inspect
@@ -30,6 +30,7 @@ import torch
 
 from .basics import FieldError, draft_folder, first_line, note, write_errors
 from .chat_template import Tokenizer
+from .checkpoints import config_to_hf, nearest_family
 from .corpus import make_corpus
 from .cost import cache_bytes, check_memory, count_parameters, flops_by_part, flops_per_token
 from .dpo import DPOConfig, dpo
@@ -643,6 +644,19 @@ def write_quantized(
         draft.replace(folder.resolve())  # in one step, also over an empty folder
 
 
+def check_family(run: Path, config: ModelConfig) -> None:
+    """Raise if no family can represent the model of a run; say which flags make one that can."""
+    _, changes = nearest_family(config)
+    if not changes:
+        return
+    try:
+        config_to_hf(config)
+    except ValueError as error:
+        values = {f"model.{name}": value for name, value in changes.items()}
+        flags = " ".join(spell_values(values, list_flags(PretrainConfig())))
+        raise ValueError(f"{run}: {error}; pretrain with {flags} to export it") from error
+
+
 def run_export(config: ExportConfig, block: type[Block]) -> None:
     """Write a run as a checkpoint for `transformers`, or quantized for this library."""
     run = find_run(config.run)
@@ -654,6 +668,8 @@ def run_export(config: ExportConfig, block: type[Block]) -> None:
     if config.quantize:
         write_quantized(model, tokenizer, Path(config.out))
     else:
+        if block is Block:  # `save` refuses another
+            check_family(run, model.config)
         save(model, tokenizer, config.out)
     print(f"saved: {config.out}")
 

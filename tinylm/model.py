@@ -119,7 +119,8 @@ class VariantFields:
     partial_rotary_factor: float = 1.0  # share of each head that is rotated
     no_rope_layers: tuple[int, ...] = ()  # layers without rotary embedding (NoPE), from 0
     sliding_window: int | None = None  # positions a token sees, itself included; None: all
-    # full_attention, sliding_attention or another kind for each layer; empty: all layers are alike
+    # full_attention, sliding_attention or another kind: one for all layers, or one for each;
+    # empty: full_attention, or sliding_attention where sliding_window is set
     layer_types: tuple[str, ...] = ()
     qk_norm: bool = True  # RMSNorm of queries and keys, as in Qwen3
     qk_norm_full: bool = False  # that norm over all heads together, as in OLMoE
@@ -259,7 +260,7 @@ def _check_layers(config: "ModelConfig") -> None:
     L = config.num_hidden_layers
     numbers = f"there are layers 0 to {L - 1}"
     attention = " or ".join(LAYER_TYPES)
-    has_all = len(config.layer_types) in (0, L)
+    has_all = len(config.layer_types) in (0, 1, L)
     needs_window = "sliding_attention" in config.layer_types
     other_kinds = set(config.layer_types) - set(LAYER_TYPES)
     lost_window = config.sliding_window and config.layer_types and not needs_window
@@ -268,7 +269,7 @@ def _check_layers(config: "ModelConfig") -> None:
         "no_rope_layers": (all(0 <= i < L for i in config.no_rope_layers), numbers),
         "first_k_dense_replace": (config.first_k_dense_replace <= L, f"there are {L} layers"),
         "mlp_only_layers": (all(0 <= i < L for i in config.mlp_only_layers), numbers),
-        "layer_types": (has_all, f"give {attention} for each of the {L} layers"),
+        "layer_types": (has_all, f"give {attention} for each of the {L} layers, or once for all"),
         "sliding_window": (
             config.sliding_window or not needs_window,
             "layer_types has sliding_attention: give the number of positions it sees",
@@ -341,10 +342,15 @@ class ModelConfig(OptionalParts, VariantFields, CoreFields):
 
     def resolved(self) -> "ModelConfig":
         """Return a copy in which every size is a number; `model.config` is one."""
-        return replace(self, **self.derived())
+        layer_types = self.layer_types
+        if len(layer_types) == 1:
+            layer_types = layer_types * self.num_hidden_layers
+        return replace(self, **self.derived(), layer_types=layer_types)
 
     def layer_type(self, layer_idx: int) -> str:
         """Return the type of a layer: full_attention, sliding_attention or another kind."""
+        if len(self.layer_types) == 1:
+            return self.layer_types[0]
         if self.layer_types:
             return self.layer_types[layer_idx]
         return "sliding_attention" if self.sliding_window else "full_attention"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'grouped_linear', 'Routing', 'best_groups', 'Router', 'Experts', 'MoE', 'load_balancing_loss',
-           'router_z_loss', 'moe_losses', 'update_router_biases', 'ClampedExperts']
+           'router_z_loss', 'moe_losses', 'update_router_biases', 'clamped_swiglu', 'ClampedExperts']
 
 # %% ../nbs/14_moe.ipynb #ce67830b
 from collections.abc import Callable
@@ -374,6 +374,17 @@ def update_router_biases(model: nn.Module) -> None:
         layer.load.zero_()
 
 # %% ../nbs/14_moe.ipynb #2b5acfe0
+def clamped_swiglu(
+    gate_up: Tensor,  # (..., 2F) gates and values, which alternate
+    limit: float,  # largest gate, and largest size of a value
+    alpha: float,  # steepness of the gate's sigmoid
+) -> Tensor:  # (..., F)
+    """Multiply clamped values by clamped gates, as in gpt-oss."""
+    gate = gate_up[..., ::2].clamp(max=limit)
+    up = gate_up[..., 1::2].clamp(-limit, limit)
+    return (up + 1) * gate * (alpha * gate).sigmoid()
+
+
 class ClampedExperts(Experts):
     """The experts of gpt-oss: clamped, with biases; rows of gate and value alternate."""
 
@@ -402,11 +413,6 @@ class ClampedExperts(Experts):
         dtype = rows.dtype
         gate_up = grouped_linear(rows, self.gate_up_proj.to(dtype), stops)  # (N * k, 2F)
         gate_up = gate_up + self.gate_up_proj_bias.to(dtype)[expert]
-
-        # The clamped SwiGLU.
-        gate = gate_up[:, ::2].clamp(max=self.limit)
-        up = gate_up[:, 1::2].clamp(-self.limit, self.limit)
-        hidden = (up + 1) * gate * (self.alpha * gate).sigmoid()
-
+        hidden = clamped_swiglu(gate_up, self.limit, self.alpha)
         outputs = grouped_linear(hidden, self.down_proj.to(dtype), stops)
         return outputs + self.down_proj_bias.to(dtype)[expert]

@@ -126,8 +126,10 @@ LAYOUTS: dict[str, ModelConfig] = {  # the kinds of models that the library has
     "GQA, norms before and after (Gemma 3)": replace(
         _gemma, qk_norm=True, rope_parameters={"sliding_attention": {"rope_theta": 1e3}}
     ),
-    "experts with biases, sinks (gpt-oss)": replace(
+    # Rounding may send a token to another expert, a large change; so one layer has experts.
+    "experts with biases in layer 2, sinks (gpt-oss)": replace(
         _gqa_experts,
+        mlp_only_layers=(0,),
         attention_sinks=True,
         attention_bias=True,
         router_bias=True,

@@ -27,7 +27,7 @@ from .generate import evaluation_mode
 from .lora import replace_module
 from .mla import MLAttention
 from .model import Block, TinyLM, name_block
-from .moe import Experts
+from .moe import ClampedExperts, Experts, clamped_swiglu
 from .rope import apply_rope
 
 # %% ../nbs/23_quantize.ipynb #69144544
@@ -163,10 +163,13 @@ class LinearExperts(nn.Module):
         self,
         gate_up: Iterable[nn.Module],  # of each expert: D to 2F
         down: Iterable[nn.Module],  # of each expert: F to D
+        # of gpt-oss: how its gates are clamped, and their steepness; None: SwiGLU
+        clamp: tuple[float, float] | None = None,
     ):
         super().__init__()
         self.gate_up_proj = nn.ModuleList(gate_up)
         self.down_proj = nn.ModuleList(down)
+        self.clamp = clamp
 
     def forward(
         self,
@@ -178,10 +181,17 @@ class LinearExperts(nn.Module):
         y = torch.zeros_like(x)
         for expert in experts.unique().tolist():
             token, place = (experts == expert).nonzero(as_tuple=True)
-            gate, up = self.gate_up_proj[expert](x[token]).chunk(2, -1)
-            outputs = self.down_proj[expert](F.silu(gate) * up)
+            hidden = self.activate(self.gate_up_proj[expert](x[token]))
+            outputs = self.down_proj[expert](hidden)
             y.index_add_(0, token, outputs * weights[token, place, None].to(x.dtype))
         return y
+
+    def activate(self, gate_up: Tensor) -> Tensor:  # (N, 2F) -> (N, F)
+        """Multiply values by their gates."""
+        if self.clamp is not None:
+            return clamped_swiglu(gate_up, *self.clamp)
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
 
 
 def find_scheme(name: str) -> Scheme:
@@ -229,6 +239,28 @@ def quantize_weight(
     return QuantizedLinear(round_weight(weight, grid, scheme.bits), grid, scheme, bias)
 
 
+def _has_known_experts(module: nn.Module) -> bool:
+    """Return whether a module is one of experts that `LinearExperts` can compute."""
+    known = (Experts.transform, ClampedExperts.transform)
+    return isinstance(module, Experts) and type(module).transform in known
+
+
+def _quantize_experts(experts: Experts, scheme: Scheme) -> LinearExperts:
+    """Round the matrices of each expert; biases stay as they are."""
+    layers = []
+    for name in ("gate_up_proj", "down_proj"):
+        weights = getattr(experts, name)
+        biases: Iterable[Tensor | None] = getattr(experts, f"{name}_bias", [None] * len(weights))
+        linear = []
+        for weight, row in zip(weights, biases, strict=True):
+            bias = None if row is None else nn.Parameter(row.detach().clone())
+            linear.append(quantize_weight(weight, scheme, bias))
+        layers.append(linear)
+    clamp = (experts.limit, experts.alpha) if isinstance(experts, ClampedExperts) else None
+    gate_up, down = layers
+    return LinearExperts(gate_up, down, clamp)
+
+
 def quantize_model(model: TinyLM, name: str) -> None:
     """Replace the weights of the linear layers by integers, as the scheme of this name says."""
     scheme = find_scheme(name)
@@ -238,7 +270,7 @@ def quantize_model(model: TinyLM, name: str) -> None:
 
     # Everything is checked before the first layer is replaced.
     layers = _linear_layers(model)
-    all_experts = {path: m for path, m in model.named_modules() if isinstance(m, Experts)}
+    all_experts = {path: m for path, m in model.named_modules() if _has_known_experts(m)}
     for path, layer in layers.items():
         _check_groups(path, layer.in_features, scheme, name)
     for path, experts in all_experts.items():
@@ -249,9 +281,7 @@ def quantize_model(model: TinyLM, name: str) -> None:
     for path, layer in layers.items():
         replace_module(model, path, quantize_weight(layer.weight, scheme, layer.bias))
     for path, experts in all_experts.items():
-        gate_up = [quantize_weight(weight, scheme) for weight in experts.gate_up_proj]
-        down = [quantize_weight(weight, scheme) for weight in experts.down_proj]
-        replace_module(model, path, LinearExperts(gate_up, down))
+        replace_module(model, path, _quantize_experts(experts, scheme))
     if model.config.tie_word_embeddings:
         _tie(model)
     model.requires_grad_(False)

@@ -18,10 +18,10 @@ NBS = Path(__file__).resolve().parent.parent / "nbs"
 PICTURE = NBS / "images" / "five-models.svg"
 
 # The default run: its loss minus the floor, and parts of the last text in samples.txt.
-DEFAULT_DISTANCE = 0.6640 - 0.6461
+DEFAULT_DISTANCE = 0.6594 - 0.6461
 DEFAULT_TEXT = (
-    "One quiet afternoon, Nina was in the kitchen. Leo was in the bedroom. Leo had a round map. "
-    '... Leo joined Nina in the kitchen. Nina wondered who had the map. "I do," said Leo.'
+    "One cloudy afternoon, Rosa and Lily were in the kitchen. Rosa had a green drum. "
+    "... Where was Rosa? Rosa was in the kitchen. Who had the drum? Rosa had it."
 )
 
 WIDTH = 520  # of the picture, in pixels, as all lengths here
