@@ -188,6 +188,7 @@ def measure(
     # Each token needs all weights once, for all texts of the batch.
     speed = batch_size * read_speed(options.device)
     limits = {name: speed / read_bytes(model) for name, model in models.items()}
+    limits["transformers"] = limits["tinylm"]
     if options.llama_cpp is not None:
         limits["llama.cpp"] = speed / options.llama_cpp.stat().st_size
     count = batch_size * options.new_tokens
@@ -200,6 +201,7 @@ def measure(
         "over_packed": {name: value / medians["packed"] for name, value in medians.items()},
         "limit": limits["tinylm"],
         "limits": limits,
+        "share_of_limit": {name: medians[name] / limit for name, limit in limits.items()},
         "resident_megabytes": {name: round(value / 1e6) for name, value in memory.items()},
     }
 

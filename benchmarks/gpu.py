@@ -24,6 +24,7 @@ from tinylm.cost import count_parameters, flops_per_token
 from tinylm.engine import (
     Engine,
     describe_engine,
+    list_fallbacks,
     matmul_precision,
     measure_matmul_peak,
     next_token_loss,
@@ -150,6 +151,7 @@ def measure_training(
         "milliseconds": 1000 * seconds,
         "gigabytes": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0,
         "parameters": count_parameters(case.model)["total"],
+        "precision": machine["precision"],
         "compile": machine["compile"],
         "attention": machine["attention of packed rows"],
     }
@@ -259,13 +261,20 @@ def main(options: Options) -> None:
     ratios = compare(figures)
     seconds = time.perf_counter() - begin
 
+    # What this machine cannot compute in the fastest way, which is the default.
+    large = make_cases(options.dry_run)["350m"]
+    slow_parts = list_fallbacks(TrainConfig(device=device, **large.settings), large.model)
+
     # Dry runs say nothing about speed.
     rows = [as_row(name, values) for name, values in figures.items()]
     content = {"peak": peak, "seconds": seconds, "figures": figures, "ratios": ratios}
+    content["slow_parts"] = slow_parts
     report(rows, content, device, options.out)
     print(f"peak {peak / 1e12:,.2f} TFLOP/s, {seconds:.0f} s in all")
     for title, ratio in ratios.items():
         print(f"{title}: {ratio:.2f}")
+    for line in slow_parts:
+        print(line)
 
 
 if __name__ == "__main__":

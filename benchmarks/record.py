@@ -6,7 +6,7 @@
     python benchmarks/record.py loop                          # what makes a step fast
     python benchmarks/record.py trials                        # what makes the recipe good
     python benchmarks/record.py trials today=runs/a wider=runs/b wider=runs/c  # runs that are done
-    python benchmarks/record.py decoding                      # decode.py on a shape of 135M
+    python benchmarks/record.py decoding --llama-cpp FILE     # decode.py on a shape of 135M
 
 Each file says how its figures came about: command, commit, date, machine, seeds. Prose that uses a
 figure links its file, and `python tools/claims.py` compares the two.
@@ -342,18 +342,19 @@ def record_finished_trials(
     write("trials", command, sorted(seeds), figures, of_runs)
 
 
-def record_decoding(llama_cpp: Path | None) -> None:
+def record_decoding(llama_cpp: Path | None, repeats: int, new_tokens: int) -> None:
     """Run decode.py and keep its figures."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "decode.json"
         command = [sys.executable, str(ROOT / "benchmarks" / "decode.py")]
-        flags = ["--shapes", "135m", "--repeats", "3", "--new-tokens", "48"]
+        flags = ["--shapes", "135m", "--repeats", str(repeats), "--new-tokens", str(new_tokens)]
         further = ["--out", str(out)]
         if llama_cpp is not None:
             further += ["--llama-cpp", str(llama_cpp)]
-            flags += ["--llama-cpp", llama_cpp.name]
-        subprocess.run([*command, *flags[:6], *further], check=True)
+        subprocess.run([*command, *flags, *further], check=True)
         figures = json.loads(out.read_text("utf-8"))
+    if llama_cpp is not None:
+        flags += ["--llama-cpp", llama_cpp.name]
     write("decoding", "python benchmarks/decode.py " + " ".join(flags), [0], figures)
 
 
@@ -368,6 +369,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--commit", default="", help="of the code that made finished runs")
     parser.add_argument("--llama-cpp", type=Path, help="decoding: GGUF file for llama.cpp")
+    parser.add_argument("--repeats", type=int, default=3, help="decoding: turns of the median")
+    parser.add_argument("--new-tokens", type=int, default=48, help="decoding: tokens of a text")
     arguments = parser.parse_args()
 
     # The first two read finished runs, the others measure now.
@@ -385,7 +388,7 @@ def main() -> None:
     elif arguments.name == "trials":
         record_trials(arguments.steps, arguments.seeds)
     else:
-        record_decoding(arguments.llama_cpp)
+        record_decoding(arguments.llama_cpp, arguments.repeats, arguments.new_tokens)
 
 
 if __name__ == "__main__":

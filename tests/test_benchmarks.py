@@ -62,6 +62,44 @@ def test_gpu_runs_on_a_cpu(tmp_path):
     assert "350m, decoding 8" in figures["figures"]
 
 
+def test_gpu_measures_the_default_path(monkeypatch):
+    """The main cases change no setting, and on a GPU the settings mean the fast path."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gpu
+    import torch
+
+    from tinylm.attention import choose_attention
+    from tinylm.engine import choose_compile, choose_precision
+    from tinylm.pretrain import TrainConfig
+    from tinylm.recipes import read_recipe
+
+    # The recipe, and a bare config, leave these choices to the library.
+    cases = gpu.make_cases(dry_run=False)
+    assert cases["25m"].settings == {} == cases["350m"].settings
+    names = ("precision", "compile", "attn_implementation", "optimizer", "gradient_checkpointing")
+    recipe = read_recipe("25m").train
+    config = TrainConfig(batch_size=2)
+    assert {n: getattr(config, n) for n in names} == {n: getattr(recipe, n) for n in names}
+
+    # A recent GPU, as far as these functions can see.
+    device = torch.device("cuda")
+    monkeypatch.setattr("tinylm.engine.find_spec", lambda name: object())
+    monkeypatch.setattr("tinylm.attention.has_flex_kernel", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    assert choose_compile(config, device)
+    assert choose_precision(config.precision, device) == "bf16"
+    attention = choose_attention(
+        config.attn_implementation,
+        device,
+        torch.bfloat16,
+        has_documents=True,
+        needs_grad=True,
+        dropout=0.0,
+    )
+    assert attention == "flex_attention"
+
+
 def test_different_work_is_not_compared(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import decode

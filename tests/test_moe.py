@@ -1,5 +1,7 @@
 """Experts: number types, gradients, masks, losses in parts, and settings that are refused."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -202,6 +204,63 @@ def test_experts_in_lower_precision(dtype, autocast, bound):
         y = module.to(dtype)(x.to(dtype), routing.experts, routing.weights.to(dtype))
     assert y.dtype == (torch.bfloat16 if autocast else dtype)
     assert (y.double() - exact).norm() / exact.norm() < bound
+
+
+def group_sizes(monkeypatch, module: Experts, x, routing) -> list[set[int]]:
+    """Note the sizes of the groups in each product of a pass."""
+    sizes = []
+
+    def noting(rows, matrices, stops):
+        sizes.append(set(stops.diff(prepend=stops.new_zeros(1)).tolist()))
+        return grouped_linear(rows, matrices, stops)
+
+    monkeypatch.setattr("tinylm.moe.grouped_linear", noting)
+    module(x, routing.experts, routing.weights.to(x.dtype))
+    monkeypatch.undo()
+    return sizes
+
+
+def test_groups_in_bfloat16_have_few_sizes(monkeypatch):
+    """On a CPU a product in bfloat16 is compiled for each new size; in float32 it is not."""
+    torch.manual_seed(0)
+    module = Experts(D, WIDTH, E)
+    x = randn(600, D)
+    routing = Router(D, E)(x)
+    plain = group_sizes(monkeypatch, module, x, routing)
+    rounded = group_sizes(monkeypatch, module.bfloat16(), x.bfloat16(), routing)
+    assert any(size % 16 for size in plain[0])
+    assert all(size % 16 == 0 for sizes in rounded for size in sizes)
+
+    # A few tokens would wait for many more, so they are left alone.
+    few = group_sizes(monkeypatch, module, x[:9].bfloat16(), Router(D, E)(x[:9]))
+    assert sum(few[0]) <= 9 * K and any(size % 16 for size in few[0])
+
+
+@pytest.mark.parametrize("kind", [Experts, partial(ClampedExperts, limit=7.0)])
+def test_pairs_that_fill_up_change_nothing(kind, monkeypatch):
+    """Values and gradients are as near to the exact ones as without them."""
+    torch.manual_seed(0)
+    module = kind(D, WIDTH, E)
+    x = randn(600, D).requires_grad_()
+    routing = Router(D, E)(x.detach())
+    weights = routing.weights.detach().requires_grad_()
+    inputs = [x, weights, *module.parameters()]
+    direction = randn(600, D, seed=1)
+
+    def pass_through(autocast: bool) -> list[torch.Tensor]:
+        """Compute outputs and gradients."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = module(x, routing.experts, weights).float()
+        return [y, *torch.autograd.grad(y, inputs, direction)]
+
+    exact = pass_through(autocast=False)
+    filled = pass_through(autocast=True)
+    monkeypatch.setattr("tinylm.moe._pairs_to_add", lambda experts, *others: experts[:0])
+    bare = pass_through(autocast=True)
+    for right, with_them, without in zip(exact, filled, bare, strict=True):
+        error = (with_them - right).norm() / right.norm()
+        assert error < 0.02
+        assert error < 1.2 * (without - right).norm() / right.norm()
 
 
 def test_tokens_are_on_their_own():

@@ -14,6 +14,7 @@ from tinylm.chat_template import Tokenizer
 from tinylm.checkpoints import load_model, save_model
 from tinylm.cli import main
 from tinylm.decoding import speculative_generate
+from tinylm.engine import Engine, EngineConfig, next_token_loss
 from tinylm.generate import SamplingConfig, generate
 from tinylm.hub import load
 from tinylm.lora import LoraConfig, add_lora
@@ -289,6 +290,34 @@ def test_a_quantized_model_is_not_trained(tmp_path):
         load_model(tmp_path)
     with pytest.raises(ValueError, match=message):
         sft(SFTConfig(run=str(tmp_path), out=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("change", ["int8", "int4", "packed"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_no_optimizer_takes_it(change, optimizer):
+    model = make_model(SIZES)
+    if change == "packed":
+        prepare_decoding(model)
+    else:
+        quantize_model(model, change)
+    message = "no weight that can be trained: is it quantized, or prepared for decoding"
+    with pytest.raises(ValueError, match=message):
+        Engine(model, next_token_loss(model), EngineConfig(optimizer=optimizer, device="cpu"))
+
+
+@pytest.mark.parametrize("name", ["", *SCHEMES])
+def test_layers_of_the_default_recipe(name):
+    """A short convolution before attention, and values of the first layer."""
+    config = replace(SIZES, layer_types=("canon_attention",) * 2, value_residual=True)
+    model = make_model(config)
+    if name:
+        quantize_model(model, name)
+    wanted = logits(model)
+    texts = generate(model, PROMPTS, GREEDY)
+    prepare_decoding(model)
+    difference = (logits(model) - wanted).norm() / wanted.norm()
+    assert difference < (0.03 if name else 1e-4)
+    assert name or generate(model, PROMPTS, GREEDY) == texts
 
 
 # The commands

@@ -44,6 +44,24 @@ def _looped(x: Tensor, weights: Tensor, stops: Tensor) -> Tensor:
         products.append(F.linear(group, matrix))
     return torch.cat(products)
 
+
+def _pairs_to_add(
+    experts: Tensor,  # (N * k,) the expert of each pair
+    num_experts: int,  # E
+    dtype: torch.dtype,  # in which the products are computed
+) -> Tensor:  # the experts of further pairs; mostly none
+    """Find pairs that bring the groups to sizes that come up again and again.
+
+    On a CPU, products in bfloat16 are compiled for each new number of rows, and kept for later.
+    """
+    is_compiled_by_size = dtype == torch.bfloat16 and experts.device.type == "cpu"
+    per_expert = len(experts) // num_experts
+    if not is_compiled_by_size or torch.compiler.is_compiling() or per_expert < 64:
+        return experts[:0]
+    multiple = 16 * max(1, per_expert // 512)
+    missing = -experts.bincount(minlength=num_experts) % multiple  # (E,)
+    return torch.arange(num_experts).repeat_interleave(missing)
+
 # %% ../nbs/14_moe.ipynb #270785cf
 def _softmax(logits: Tensor) -> Tensor:
     """Let the experts compete for a sum of 1 (Shazeer et al. 2017)."""
@@ -199,18 +217,21 @@ class Experts(nn.Module):
             dtype = torch.get_autocast_dtype(device.type)
 
         # Sort the (token, expert) pairs by expert, so that each expert has a slice of rows.
-        expert, order = experts.flatten().sort(stable=True)  # (N * k,)
+        added = _pairs_to_add(experts.flatten(), len(self.down_proj), dtype)
+        pairs = torch.cat((experts.flatten(), added))  # (N * k, or a few more,)
+        expert, order = pairs.sort(stable=True)
         every_expert = torch.arange(len(self.down_proj), device=device)
         stops = torch.searchsorted(expert, every_expert, right=True, out_int32=True)  # (E,)
 
-        # Give each pair a copy of the vector of its token.
-        token = order // experts.shape[1]
+        # Give each pair a copy of the vector of its token. Added pairs take any token.
+        token = order // experts.shape[1] % len(x)
         rows = x.to(dtype).index_select(0, token)  # (N * k, D)
 
         outputs = self.transform(rows, expert, stops)  # (N * k, D)
 
-        # Multiply the outputs by their weights, and add those of each token.
-        outputs = outputs * weights.flatten()[order, None].to(dtype)
+        # Multiply the outputs by their weights, 0 for added pairs, and add those of each token.
+        weight = F.pad(weights.flatten(), (0, len(added)))[order]
+        outputs = outputs * weight[:, None].to(dtype)
         return torch.zeros_like(x, dtype=dtype).index_add(0, token, outputs)
 
     def transform(

@@ -325,6 +325,9 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.O
     owned = {p for group in groups for p in group["params"]}
     rest = [p for p in trained_parameters(model).values() if p not in owned]
     optimizers = [*optimizers, *adamw_for(rest, config)]
+    if not optimizers:
+        remedy = "is it quantized, or prepared for decoding? Train the model that it was made from"
+        raise ValueError(f"model has no weight that can be trained: {remedy}")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -325,7 +325,7 @@ class DecodingLinear(nn.Module):
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Join rows; a single part is copied only if its address is odd, as in an opened file."""
+    """Join rows; a single part is copied if its address does not fit, as in an opened file."""
     if len(parts) > 1:
         return torch.cat(list(parts))
     return parts[0].clone() if parts[0].data_ptr() % 64 else parts[0]
@@ -344,6 +344,10 @@ class _Int8Rows(DecodingLinear):
         return self.codes.device
 
     def product(self, x: Tensor) -> Tensor:
+        # With many rows, as in a prompt, reading is not what takes the time.
+        if len(x) >= 64:
+            y = F.linear(x.bfloat16(), self.codes.bfloat16())
+            return (y * self.scales).to(x.dtype)
         multiply = torch.ops.aten._weight_int8pack_mm
         return multiply(x.bfloat16(), self.codes, self.scales).to(x.dtype)
 
@@ -358,7 +362,7 @@ class _Int4Rows(DecodingLinear):
         offsets = _joined([layer.grid().offsets for layer in layers])
         integers = _joined([layer.integers() for layer in layers])
 
-        # The product wants rows in dozens of 16, so rows of zeros are added.
+        # The product wants a multiple of 16 rows, so rows of zeros are added.
         extra = (0, 0, 0, -self.out_features % 16)
         grid = torch.stack((F.pad(scales, extra), F.pad(offsets, extra)), -1)
         self.grid = nn.Buffer(grid.transpose(0, 1).contiguous())  # (groups, rows, 2)
@@ -534,6 +538,7 @@ def prepare_decoding(model: TinyLM) -> None:
         laid_out = None if is_looked_up or path in as_matrix else lay_out(_find(model, path))
         if laid_out is not None:
             replace_module(model, path, laid_out)
+    model.requires_grad_(False)
 
 
 def _find(model: nn.Module, path: str) -> nn.Module:
