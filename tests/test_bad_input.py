@@ -93,6 +93,10 @@ def write_checkpoints(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "run")
     damage = Damage(folder)
 
+    # One whose width is no multiple of 32.
+    save_random_model(folder / "narrow", replace(TINY, hidden_size=24))
+    tokenizer.save_pretrained(folder / "narrow")
+
     # Weights that do not belong to the config.
     weights = load_file(folder / "run" / "model.safetensors")
     norm = "model.norm.weight"
@@ -230,6 +234,27 @@ COMMANDS = {  # command: what its message says
     "info --model.num-experts 4 --model.num-experts-per-tok 5": "num_experts_per_tok=5: .* 4",
     "info --model.num-experts 8 --model.n-group 3": "n_group=3: make it divide num_experts=8",
     "pretrain --out new --model.sliding-window -4": "sliding_window=-4: use a number above 0",
+    "pretrain --out new --model.layer-types spiral": (
+        "model.layer_types=.'spiral',.: spiral is unknown: use full_attention, sliding_attention"
+    ),
+    "pretrain --out new --model.layer-types full_attention full_attention": (
+        "model.layer_types=.*: give .* for each of the 3 layers"
+    ),
+    "pretrain --out new --model.layer-types full_attention --model.sliding-window 8": (
+        "model.sliding_window=8: no layer has it, layer_types needs a sliding_attention"
+    ),
+    "pretrain --out new --model.layer-types sliding_attention": (
+        "model.sliding_window=None: layer_types has sliding_attention: give the number"
+    ),
+    "pretrain --out new --model.block nowhere:MyBlock": (
+        "model.block='nowhere:MyBlock': cannot be imported .ModuleNotFoundError: .*; write it as"
+    ),
+    "generate --run run --model.block tinylm.model:MyBlock": "tinylm.model has no MyBlock; write",
+    "pretrain --out new --model.block tinylm.model:TinyLM": "TinyLM is no subclass of tinylm.model",
+    "generate --run narrow --quantize int4": (
+        "quantize='int4': .*q_proj has 24 inputs, which groups of 32 do not divide; use int8"
+    ),
+    "export --run run --out new --quantize int5": "quantize='int5': use one of int8, int4",
     "generate --run run --prompt cat --max-new-tokens 63": (
         "ask for at most 6[0-9], or stretch the model"
     ),
@@ -304,3 +329,18 @@ def test_command_gets_one_line_and_leaves_nothing(place, command, capsys, monkey
         assert not Path("new").exists()
     finally:
         shutil.rmtree("new", ignore_errors=True)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "tpu"])
+@pytest.mark.parametrize(
+    "command",
+    [f"{SFT} good.jsonl --train.device", "generate --run run --device", "evaluate run --device"],
+    ids=lambda command: command.split()[0],
+)
+def test_a_device_that_is_absent_gets_one_line(place, command, device, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert main(shlex.split(f"{command} {device}")) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert f"device='{device}': give cpu or auto" in line and "PyTorch sees no GPU here" in line
+    assert not Path("new").exists()

@@ -578,13 +578,15 @@ REMEDIES = {
 @pytest.mark.parametrize("flags", REMEDIES)
 def test_export_names_what_is_in_the_way_and_the_flags(flags, tokenizer, tmp_path, capsys):
     shape = REMEDIES[flags]
-    save_model(TinyLM(ModelConfig(vocab_size=len(tokenizer), **SIZES, **shape)), tmp_path / "run")
+    model = TinyLM(ModelConfig(vocab_size=len(tokenizer), **SIZES, **shape))
+    save_model(model, tmp_path / "run")
     tokenizer.save_pretrained(tmp_path / "run")
     words = ["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
     assert main(words) == 2 and not (tmp_path / "out").exists()
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     name = next(iter(shape))
-    assert f"to be a qwen3 change {name}={shape[name]!r}" in line
+    value = model.config.layer_types if name == "layer_types" else shape[name]
+    assert f"to be a qwen3 change {name}={value!r}" in line
     assert line.endswith(f"; pretrain with {flags} to export it")
 
 

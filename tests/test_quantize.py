@@ -14,7 +14,7 @@ from tinylm.chat_template import Tokenizer
 from tinylm.checkpoints import load_model, save_model
 from tinylm.cli import main
 from tinylm.decoding import speculative_generate
-from tinylm.engine import Engine, EngineConfig, next_token_loss
+from tinylm.engine import Engine, EngineConfig, LocalEngine, next_token_loss
 from tinylm.generate import SamplingConfig, generate
 from tinylm.hub import load
 from tinylm.lora import LoraConfig, add_lora
@@ -285,6 +285,8 @@ def test_a_quantized_model_is_not_trained(tmp_path):
     quantize_model(model, "int8")
     save_quantized(model, tmp_path)
     tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="nothing to train: .* a quantized model has none"):
+        LocalEngine(model, next_token_loss(model), EngineConfig(device="cpu"))
     message = "is quantized, and cannot be trained or converted: give the model that it was made"
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path)
@@ -352,6 +354,8 @@ def test_commands(tmp_path, capsys):
     int8 = tmp_path / "int8"
     for words, message in (
         (f"{plain} --quantize int5", "quantize='int5': use one of int8, int4"),
+        (f"sft --run {int8} --out {tmp_path / 'x'}", "is quantized, and cannot be trained"),
+        (f"dpo --run {int8} --out {tmp_path / 'x'}", "is quantized, and cannot be trained"),
         (f"generate --run {int8} {prompt} --quantize int4", "is stored as int8 already"),
         (f"export --run {int8} --out {tmp_path / 'x'}", "is stored as int8; copy the folder"),
         (f"sft --run {int8} --out {tmp_path / 'y'}", "is quantized, and cannot be trained"),

@@ -665,6 +665,8 @@ def run_export(config: ExportConfig, block: type[Block]) -> None:
     check_writable(Path(config.out))
     note(f"opening {run}, writing {config.out}")
     model, tokenizer = open_model(run, "cpu", block, config.quantize)
+
+    # Rounded weights are for this library only; a family must be able to represent the others.
     if config.quantize:
         write_quantized(model, tokenizer, Path(config.out))
     else:

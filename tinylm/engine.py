@@ -42,6 +42,7 @@ from tinylm.optim import (
     optimizer_state,
     restore_optimizer,
     scattered,
+    trained_parameters,
 )
 
 # %% ../nbs/41_engine.ipynb #82135bc7
@@ -243,6 +244,9 @@ class LocalEngine:
         loss: Loss,  # what is minimized; computes with this model
         config: EngineConfig,  # how
     ):
+        if not trained_parameters(model):
+            remedy = "give one with weights that can change, a quantized model has none"
+            raise ValueError(f"model has nothing to train: {remedy}")
         self.config = config
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
