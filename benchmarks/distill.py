@@ -29,6 +29,7 @@ from tinylm.files import DataConfig
 from tinylm.model import ModelConfig, TinyLM
 from tinylm.pretrain import PretrainConfig, Result, TrainConfig, pretrain
 from tinylm.runs import open_run
+from tinylm.token_cache import prepare
 
 STUDENT = ModelConfig(
     # A quarter of the parameters of the default recipe.
@@ -40,10 +41,10 @@ STUDENT = ModelConfig(
     embedding_range=0.2,
     conv_L_cache=4,
 )
-FIRST_STEPS = 500  # of the student, before the ways part
+FIRST_STEPS = 400  # of the student, before the ways part
 
 # Steps and rows of each way, so many that all take about the same processor time.
-STEPS = {"data": 1300, "samples": 700, "forward": 500, "reverse": 160}
+STEPS = {"data": 500, "samples": 330, "forward": 265, "reverse": 70}
 ROWS = {"reverse": 32}
 
 
@@ -93,11 +94,15 @@ def run_seed(
     scale: float,  # factor of all steps
 ) -> None:
     """Train a student, then each way that is missing."""
-    data = DataConfig(validation_stories=200)
+    # Stories that the teacher did not see, in its tokens; the ways do not repeat the first ones.
+    data = DataConfig(tokenizer=teacher, stories=6000, validation_stories=200, seed=1 + 2 * seed)
+    further = replace(data, stories=9000, seed=2 + 2 * seed)
     with tempfile.TemporaryDirectory() as folder:
         start = f"{folder}/start"
-        train = settings(round(FIRST_STEPS * scale), 8, seed)
-        config = PretrainConfig(STUDENT, data, replace(train, decay_fraction=0.0), out=start)
+        train = replace(settings(round(FIRST_STEPS * scale), 8, seed), decay_fraction=0.01)
+        config = PretrainConfig(STUDENT, data, train, out=start)
+        prepare(data)
+        prepare(further)
         with contextlib.redirect_stdout(io.StringIO()):
             first = pretrain(config)
         figures.setdefault("start", {})[str(seed)] = measure(first)
@@ -111,10 +116,11 @@ def run_seed(
             recipe = DistillConfig(
                 run=start,
                 teacher=teacher,
-                data=replace(data, seed=1000 + seed),
+                data=further,
                 train=settings(steps, ROWS.get(way, 8), seed),
                 out=f"{folder}/{way}",
                 way=way,
+                teacher_stories=600,
             )
             begin = time.process_time()
             with contextlib.redirect_stdout(io.StringIO()):

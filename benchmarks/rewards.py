@@ -258,18 +258,18 @@ class Arm(NamedTuple):
     """A way to spend the time."""
 
     train: Callable[[str, Path, int, int], TinyLM]  # (run, out, seed, steps) -> the model
-    steps: int  # so many that all arms take about the same time
+    steps: int  # chosen so that no arm takes much longer than GRPO
 
 
 ARMS = {
-    "sft": Arm(partial(train_sft, habit=0.8, rate=1e-3), 500),
+    "sft": Arm(partial(train_sft, habit=0.8, rate=1e-3), 1000),
     "sft on chosen answers": Arm(train_on_chosen, 500),
-    "rejection sampling": Arm(train_on_right, 450),
+    "rejection sampling": Arm(train_on_right, 900),
     "dpo": Arm(train_dpo, 250),
     "dpo on own samples": Arm(train_on_own_pairs, 250),
     "grpo": Arm(train_grpo, 150),
-    "coin": Arm(partial(train_grpo, reward="coin"), 60),
-    "mentions": Arm(partial(train_grpo, reward="mentions", max_completion_length=24), 100),
+    "coin": Arm(partial(train_grpo, reward="coin"), 25),
+    "mentions": Arm(partial(train_grpo, reward="mentions", max_completion_length=24), 50),
 }
 
 
