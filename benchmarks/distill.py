@@ -3,9 +3,9 @@
     tinylm pretrain --out runs/default                  # the teacher
     python benchmarks/distill.py --teacher runs/default
 
-All ways start from the same student, which has a quarter of the teacher's parameters and a short
-training behind it, and take about the same processor time. What is in the file of results is not
-measured again, so a stopped study goes on where it was. All figures are of one thread.
+All ways start from the same student, which has less than a third of the teacher's parameters and
+a short training behind it. All take about the same processor time. What is in the file of results
+is not measured again, so a stopped study goes on where it was. All figures are of one thread.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from tinylm.runs import open_run
 from tinylm.token_cache import prepare
 
 STUDENT = ModelConfig(
-    # A quarter of the parameters of the default recipe.
+    # Less than a third of the parameters of the default recipe.
     hidden_size=64,
     intermediate_size=96,
     num_hidden_layers=3,
