@@ -54,6 +54,7 @@ def settings(
     seed: int,  # of weights, order and noise
 ) -> TrainConfig:
     """Return the settings that all runs have in common."""
+    # Those of the default recipe, without reports on the way.
     return TrainConfig(
         steps,
         optimizer="muon",
