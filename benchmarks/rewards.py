@@ -420,6 +420,14 @@ def run_arm(
     return figures | measure(tuned, model, tokenizer, count) | ({"log": log} if log else {})
 
 
+def over_seeds(values: list[float]) -> dict:
+    """Return mean and half of the 95% interval, which a single run does not have."""
+    summary = interval(values)
+    if len(values) == 1:
+        summary["half_of_95_interval"] = None
+    return summary
+
+
 def summarize(arms: dict) -> dict:
     """Return mean and 95% interval over the seeds, and what each arm adds to its start."""
     summary: dict = {}
@@ -430,15 +438,15 @@ def summarize(arms: dict) -> dict:
         summary[arm] = {}
         for name in names:
             if all(name in row for row in rows):
-                summary[arm][name] = interval([row[name] for row in rows])
+                summary[arm][name] = over_seeds([row[name] for row in rows])
 
         # Seed by seed: which share of the errors of the start is left?
         starts = arms.get("before", {})
         if arm != "before" and all(seed in starts for seed in seeds):
             gains = [by_seed[seed]["all"] - starts[seed]["all"] for seed in seeds]
             left = [(100 - by_seed[s]["all"]) / (100 - starts[s]["all"]) for s in seeds]
-            summary[arm]["added to the start"] = interval(gains)
-            summary[arm]["errors left of those at the start"] = interval(left)
+            summary[arm]["added to the start"] = over_seeds(gains)
+            summary[arm]["errors left of those at the start"] = over_seeds(left)
     return summary
 
 
@@ -529,6 +537,7 @@ def main() -> None:
             shown = {k: v for k, v in arm[str(seed)].items() if not isinstance(v, list | dict)}
             print(name, seed, shown, flush=True)
             write()
+    write()  # the summary, if nothing was missing
 
 
 if __name__ == "__main__":
