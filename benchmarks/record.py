@@ -187,8 +187,10 @@ def record_speedrun(folders: list[Path], of_runs: str) -> None:
         report = json.loads((folder / "report" / "report.json").read_text("utf-8"))
         reports.append(by_name(report))
     figures = {}
-    for stage in ("base", "sft", "lora", "dpo"):
-        figures[stage] = stage_figures([report[stage] for report in reports])
+    for stage in ("base", "sft", "lora", "dpo", "grpo"):
+        # Older runs have no stage that learns from rewards.
+        if all(stage in report for report in reports):
+            figures[stage] = stage_figures([report[stage] for report in reports])
 
     # What preferences change, seed by seed.
     before = figures["sft"]["right_replies_percent"]["all"]["by_seed"]

@@ -14,17 +14,19 @@ import io
 import json
 import math
 import random
+import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
-from record import RESULTS, commit, machine
+from record import RESULTS, commit, interval, machine
 
 import tinylm.shortconv  # noqa: F401  (adds its kind of layer)
 from tinylm.chat import end_token_ids
@@ -126,13 +128,13 @@ def training(
         checkpoint_interval=0,
         sample_interval=0,
         spike_factor=0,
-        log_interval=5,
+        log_interval=10,
         num_threads=1,
         seed=seed,
     )
 
 
-STORIES = DataConfig(seq_len=256, stories=4000, validation_stories=20, seed=1)
+STORIES = DataConfig(seq_len=256, stories=3300, validation_stories=20, seed=1)
 
 
 def train_sft(
@@ -235,12 +237,19 @@ def train_grpo(
     out: Path,  # folder of the new run
     seed: int,  # of questions and samples
     steps: int,  # of training
-    **changes: object,  # fields of `GRPOConfig`; `rate`: the learning rate
+    **changes: object,  # fields of `GRPOConfig`
 ) -> TinyLM:
     """Learn from rewards."""
-    rate = changes.pop("rate", 3e-4)
-    train = training(steps, float(rate), 256, seed)
-    values = {"num_generations": 16, "advantage": "group_mean", "max_completion_length": 10}
+    rows = 1024  # replies of a step
+    train = training(steps, 3e-4, rows, seed)
+    values = {
+        "reward": "exact_sentence",
+        "loss": "dr_grpo",
+        "num_generations": 16,
+        "max_completion_length": 12,
+        # Warmer than the policy itself: without spread in a group nothing is learned.
+        "temperature": 1.5,
+    }
     config = GRPOConfig(run=run, data=STORIES, train=train, out=str(out), **(values | changes))
     return grpo(config).model
 
@@ -249,18 +258,18 @@ class Arm(NamedTuple):
     """A way to spend the time."""
 
     train: Callable[[str, Path, int, int], TinyLM]  # (run, out, seed, steps) -> the model
-    steps: int  # so many that all arms take about the same time
+    steps: int  # chosen so that no arm takes much longer than GRPO
 
 
 ARMS = {
-    "sft": Arm(partial(train_sft, habit=0.8, rate=1e-3), 200),
-    "sft on chosen answers": Arm(train_on_chosen, 240),
-    "rejection sampling": Arm(train_on_right, 160),
-    "dpo": Arm(train_dpo, 100),
-    "dpo on own samples": Arm(train_on_own_pairs, 80),
-    "grpo": Arm(train_grpo, 40),
-    "coin": Arm(partial(train_grpo, reward="coin"), 40),
-    "mentions": Arm(partial(train_grpo, reward="mentions", max_completion_length=24), 40),
+    "sft": Arm(partial(train_sft, habit=0.8, rate=1e-3), 1000),
+    "sft on chosen answers": Arm(train_on_chosen, 500),
+    "rejection sampling": Arm(train_on_right, 900),
+    "dpo": Arm(train_dpo, 250),
+    "dpo on own samples": Arm(train_on_own_pairs, 250),
+    "grpo": Arm(train_grpo, 150),
+    "coin": Arm(partial(train_grpo, reward="coin"), 25),
+    "mentions": Arm(partial(train_grpo, reward="mentions", max_completion_length=24), 50),
 }
 
 
@@ -356,12 +365,28 @@ def measure(
     return figures
 
 
+@contextlib.contextmanager
+def rollouts_counted() -> Iterator[dict[str, float]]:
+    """Count the tokens of all rollouts, and the processor time that they take."""
+    counted = {"tokens": 0, "seconds": 0.0}
+
+    def sample_counted(*arguments):
+        begin = time.process_time()
+        groups = sample_groups(*arguments)
+        counted["seconds"] += time.process_time() - begin
+        counted["tokens"] += sum(len(reply.ids) for group in groups for reply in group)
+        return groups
+
+    with patch("tinylm.grpo.sample_groups", sample_counted):
+        yield counted
+
+
 def last_figures(out: Path) -> dict:
     """Return what the last lines of a run's log say of rollouts."""
     lines = (out / "metrics.jsonl").read_text("utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if "reward" in row]
-    names = ("reward", "reply_tokens", "entropy", "even_groups", "rollout_tokens_per_second")
-    return {name: [row[name] for row in rows] for name in names} if rows else {}
+    names = ("step", "reward", "reply_tokens", "entropy", "even_groups")
+    return {name: [round(row[name], 4) for row in rows] for name in names} if rows else {}
 
 
 def run_arm(
@@ -376,48 +401,143 @@ def run_arm(
     if name == "before":
         return measure(model, model, tokenizer, count)
     arm = ARMS[name]
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    steps = max(1, round(arm.steps * scale))
+    with tempfile.TemporaryDirectory() as folder, rollouts_counted() as rollouts:
         out = Path(folder) / "run"
         begin = time.process_time()
-        tuned = arm.train(run, out, seed, max(1, round(arm.steps * scale)))
+        with contextlib.redirect_stdout(io.StringIO()):
+            tuned = arm.train(run, out, seed, steps)
         seconds = time.process_time() - begin
         log = last_figures(out)
-    figures = {"steps": round(arm.steps * scale), "cpu_seconds": round(seconds, 1)}
+    figures: dict = {"steps": steps, "cpu_seconds": round(seconds, 1)}
+
+    # Of one thread; what is not a rollout is training, and the encoding of the questions.
+    if rollouts["tokens"]:
+        of_training = seconds - rollouts["seconds"]
+        figures["rollout_tokens_per_cpu_second"] = round(rollouts["tokens"] / rollouts["seconds"])
+        figures["rollout_cpu_seconds"] = round(rollouts["seconds"], 1)
+        figures["training_tokens_per_cpu_second"] = round(rollouts["tokens"] / of_training)
     return figures | measure(tuned, model, tokenizer, count) | ({"log": log} if log else {})
+
+
+def over_seeds(values: list[float]) -> dict:
+    """Return mean and half of the 95% interval, which a single run does not have."""
+    summary = interval(values)
+    if len(values) == 1:
+        summary["half_of_95_interval"] = None
+    return summary
+
+
+def summarize(arms: dict) -> dict:
+    """Return mean and 95% interval over the seeds, and what each arm adds to its start."""
+    summary: dict = {}
+    names = ("all", "to the point", "words", "kl", "pass@1", "pass@8", "pass@64", "cpu_seconds")
+    for arm, by_seed in arms.items():
+        seeds = sorted(by_seed)
+        rows = [by_seed[seed] for seed in seeds]
+        summary[arm] = {}
+        for name in names:
+            if all(name in row for row in rows):
+                summary[arm][name] = over_seeds([row[name] for row in rows])
+
+        # Seed by seed: which share of the errors of the start is left?
+        starts = arms.get("before", {})
+        if arm != "before" and all(seed in starts for seed in seeds):
+            gains = [by_seed[seed]["all"] - starts[seed]["all"] for seed in seeds]
+            left = [(100 - by_seed[s]["all"]) / (100 - starts[s]["all"]) for s in seeds]
+            summary[arm]["added to the start"] = over_seeds(gains)
+            summary[arm]["errors left of those at the start"] = over_seeds(left)
+    return summary
+
+
+def measure_speed(run: str) -> dict:  # a run that `transformers` can open
+    """Let this library and `transformers.generate` sample the same number of tokens, in turns."""
+    from transformers import AutoModelForCausalLM
+
+    # Eight replies of twelve tokens to each of 32 questions; none may end early.
+    model, tokenizer = load(run)[:2]
+    theirs = AutoModelForCausalLM.from_pretrained(run).eval()
+    prompts = [tokenizer.encode(question.prompt) for question in held_out()[:32]]
+    longest = max(len(prompt) for prompt in prompts)
+    padding = [[tokenizer.pad_token_id] * (longest - len(prompt)) for prompt in prompts]
+    input_ids = torch.tensor([pad + ids for pad, ids in zip(padding, prompts, strict=True)])
+    mask = torch.tensor([[0] * len(pad) + [1] * (longest - len(pad)) for pad in padding])
+
+    def ours(turn: int) -> None:
+        seeds = [100 * turn + i for i in range(len(prompts))]
+        sample_groups(model, prompts, 8, SamplingConfig(12), [], seeds)
+
+    def with_transformers(turn: int) -> None:
+        torch.manual_seed(turn)
+        theirs.generate(
+            input_ids,
+            attention_mask=mask,
+            do_sample=True,
+            top_k=0,
+            num_return_sequences=8,
+            min_new_tokens=12,
+            max_new_tokens=12,
+        )
+
+    # The first turn does not count.
+    tokens = 8 * 12 * len(prompts)
+    speeds: dict[str, list[float]] = {"tinylm": [], "transformers": []}
+    for turn in range(6):
+        for name, sample in (("tinylm", ours), ("transformers", with_transformers)):
+            begin = time.process_time()
+            sample(turn)
+            speeds[name].append(round(tokens / (time.process_time() - begin)))
+    medians = {name: statistics.median(values[1:]) for name, values in speeds.items()}
+    ratio = round(medians["tinylm"] / medians["transformers"], 2)
+    return {"tokens_per_cpu_second": medians, "by_turn": speeds, "ratio": ratio}
 
 
 def main() -> None:
     """Run what is missing, and write the file after each arm."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", nargs="+", required=True, help="runs of `tinylm sft`")
+    parser.add_argument("--runs", nargs="+", default=[], help="runs of `tinylm sft`")
     parser.add_argument("--arms", nargs="+", default=["before", *ARMS])
     parser.add_argument("--seeds", nargs="+", type=int, default=None, help="default: all runs")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all steps")
-    parser.add_argument("--count", type=int, default=16, help="samples of a question")
+    parser.add_argument("--count", type=int, default=64, help="samples of a question")
+    parser.add_argument("--base", default="", help="how the runs were made, for the file")
+    parser.add_argument("--speed", help="a run of a family of `transformers`: compare the speeds")
     parser.add_argument("--out", type=Path, default=RESULTS / "grpo.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
     # What is there already is not measured again.
-    entry: dict = {"figures": {}}
+    entry: dict = {"figures": {"arms": {}}}
     if args.out.exists():
         entry = json.loads(args.out.read_text("utf-8"))
-    for seed in args.seeds or range(len(args.runs)):
+    figures = entry["figures"]
+    arms = figures["arms"]
+
+    def write() -> None:
+        figures["over_seeds"] = summarize(arms)
+        scale = "" if args.scale == 1 else f" --scale {args.scale:g}"
+        if args.base:
+            entry["base"] = args.base
+        entry["command"] = f"python benchmarks/rewards.py --runs RUN-0 RUN-1 RUN-2{scale}"
+        entry["commit"] = commit()
+        entry["date"] = str(date.today())
+        entry["machine"] = machine()
+        entry["seeds"] = sorted({int(s) for runs in arms.values() for s in runs})
+        args.out.write_text(json.dumps(entry, indent=1) + "\n", "utf-8")
+
+    if args.speed:
+        figures["speed"] = measure_speed(args.speed)
+        write()
+    for seed in args.seeds if args.seeds is not None else range(len(args.runs)):
         for name in args.arms:
-            arm = entry["figures"].setdefault(name, {})
+            arm = arms.setdefault(name, {})
             if str(seed) in arm:
                 continue
             arm[str(seed)] = run_arm(name, args.runs[seed], seed, args.scale, args.count)
             shown = {k: v for k, v in arm[str(seed)].items() if not isinstance(v, list | dict)}
             print(name, seed, shown, flush=True)
-            entry |= {
-                "command": "python benchmarks/rewards.py --runs RUN-0/sft RUN-1/sft RUN-2/sft",
-                "commit": commit(),
-                "date": str(date.today()),
-                "machine": machine(),
-                "seeds": sorted({int(s) for runs in entry["figures"].values() for s in runs}),
-            }
-            args.out.write_text(json.dumps(entry, indent=1) + "\n", "utf-8")
+            write()
+    write()  # the summary, if nothing was missing
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Learning from rewards: trl's losses and gradients, bad input, stopped runs, two processes."""
 
+import copy
 import json
 import os
 import shutil
@@ -549,6 +550,37 @@ def test_kept_log_probabilities_are_those_of_the_policy(rollouts):
         others = token_logps(model, batch["input_ids"], batch["labels"])
     assert_close(logps, batch["old_logps"], atol=1e-5, rtol=0)
     assert (others - batch["old_logps"]).abs().max() > 0.05
+
+
+def test_equal_rows_are_computed_once(rollouts):
+    """What comes back, and the gradient, are those of all rows; also with capped logits."""
+    model, prompts, sample = rollouts
+    model = copy.deepcopy(model)
+    batch = reply_batch(prompts, sample(prompts=prompts, seeds=[3, 4]), torch.ones(2, 5))
+    rows = torch.tensor([3, 0, 3, 7, 0, 0])
+    input_ids, labels = batch["input_ids"][rows], batch["labels"][rows]
+    widths = []
+    model.model.register_forward_pre_hook(lambda _, inputs: widths.append(len(inputs[0])))
+    weights = torch.randn(input_ids.shape, generator=torch.Generator().manual_seed(0))
+    for softcap in (None, 0.5):
+        model.config = replace(model.config, final_logit_softcapping=softcap)
+        gradients = []
+        logps = token_logps(model, input_ids, labels, 1.5)
+        parts = zip(input_ids.split(1), labels.split(1), strict=True)
+        singly = torch.cat([token_logps(model, *part, 1.5) for part in parts])
+        for result in (logps, singly):
+            (gradient,) = torch.autograd.grad((result * weights).sum(), model.lm_head.weight)
+            gradients.append(gradient)
+        assert_close(logps, singly, atol=1e-5, rtol=0)
+        assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+        # The definition, from logits.
+        logits = model(input_ids)
+        log_p = (logits / 1.5).log_softmax(-1)
+        targets = shift_labels(labels)
+        wanted = log_p.gather(2, targets.clamp(min=0)[..., None])[..., 0]
+        assert_close(logps, wanted.masked_fill(targets == IGNORE_INDEX, 0.0), atol=1e-5, rtol=0)
+    assert widths[0] == 3
 
 
 def test_groups_without_spread_are_dropped(rollouts):

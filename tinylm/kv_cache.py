@@ -73,8 +73,8 @@ class FullStore:
 
     def reorder(self, rows: Tensor) -> None:
         """Make row i a copy of row `rows[i]`; there may be more or fewer rows than before."""
-        self.keys = self.keys[rows]
-        self.values = self.values[rows]
+        self.keys = self.keys.index_select(0, rows)
+        self.values = self.values.index_select(0, rows)
 
     @property
     def nbytes(self) -> int:

@@ -45,14 +45,22 @@ def token_logps(
     labels: Tensor,  # (B, T) the tokens of the replies, -100 elsewhere
     temperature: float = 1.0,  # at which the replies were sampled
 ) -> Tensor:  # (B, T): [b, t] belongs to token t + 1, 0 where that has no label
-    """Compute the log-probability of each token of the replies."""
-    targets = shift_labels(labels)
+    """Compute the log-probability of each token of the replies; equal rows are computed once."""
+    # A small model gives the same reply to a question again and again.
+    rows = torch.cat([input_ids, labels], 1)
+    rows, number_of_row = torch.unique(rows, dim=0, return_inverse=True)
+    unique_ids, unique_labels = rows.chunk(2, 1)
+    targets = shift_labels(unique_labels)
     has_label = targets != IGNORE_INDEX
 
     # Logits are linear in the hidden vectors, so these can be divided instead.
-    hidden = model.model(input_ids)[has_label] / temperature
-    nats = token_losses(hidden, model.lm_head.weight, targets[has_label])
-    return nats.new_zeros(targets.shape).masked_scatter(has_label, -nats)
+    hidden = model.model(unique_ids)[has_label] / temperature
+    softcap = model.config.final_logit_softcapping
+    if softcap is not None:
+        softcap = softcap / temperature
+    nats = token_losses(hidden, model.lm_head.weight, targets[has_label], softcap=softcap)
+    logps = nats.new_zeros(targets.shape).masked_scatter(has_label, -nats)
+    return logps[number_of_row]
 
 # %% ../nbs/54_rollouts.ipynb #baff99a9
 class Reply(NamedTuple):
@@ -72,7 +80,7 @@ def sample_groups(
     end_ids: list[int],  # tokens that end a reply
     seeds: list[int],  # one for each prompt
 ) -> list[list[Reply]]:  # (N, G)
-    """Sample a group of replies to each prompt; the prompt is read once for all of them."""
+    """Sample a group of replies to each prompt; what replies have in common is read once."""
     text, cache = start(model, prompts, sampling.max_new_tokens)
     noise_of_groups = [uniform_noise(seed, count, sampling.max_new_tokens) for seed in seeds]
     noise = torch.cat(noise_of_groups, 1).to(text.device)
@@ -80,27 +88,29 @@ def sample_groups(
     steps = []
 
     with evaluation_mode(model):
-        # Read the prompts; then every reply gets a copy of what was read.
+        # Read the prompts. All replies of a group are still in one row.
         logits = next_logits(model, text, cache)
-        prompt_of_reply = torch.arange(len(prompts), device=text.device).repeat_interleave(count)
-        cache.reorder(prompt_of_reply)
-        text = text[prompt_of_reply]
-        logits = logits[prompt_of_reply]
-
-        # One token of all replies at a time.
-        finished = torch.zeros(len(text), dtype=torch.bool, device=text.device)
+        row_of_reply = torch.arange(len(prompts), device=text.device).repeat_interleave(count)
+        finished = torch.zeros(len(row_of_reply), dtype=torch.bool, device=text.device)
         for uniform in noise:
+            # One token of all replies.
             log_p = (logits / sampling.temperature).log_softmax(-1)
-            tokens = sample(log_p, uniform)
-            chosen_logps = log_p.gather(1, tokens[:, None])[:, 0]
             entropies = -(log_p.exp() * log_p).sum(-1)
-            steps.append((tokens, chosen_logps, entropies, ~finished))
+            tokens = sample(log_p[row_of_reply], uniform)
+            chosen_logps = log_p[row_of_reply, tokens]
+            steps.append((tokens, chosen_logps, entropies[row_of_reply], ~finished))
             finished = finished | torch.isin(tokens, end_tokens)
-            if finished.all():
+            if finished.all() or len(steps) == len(noise):
                 break
-            text = torch.cat([text, tokens[:, None]], 1)
-            if len(steps) < len(noise):
-                logits = next_logits(model, text, cache)
+
+            # Replies that still agree share a row, the others part; finished ones need none.
+            beginnings = torch.stack([row_of_reply, tokens], 1)[~finished]
+            rows, numbers = torch.unique(beginnings, dim=0, return_inverse=True)
+            old_rows, new_tokens = rows.split(1, dim=1)
+            cache.reorder(old_rows[:, 0])
+            text = torch.cat([text[old_rows[:, 0]], new_tokens], 1)
+            row_of_reply = torch.zeros_like(row_of_reply).masked_scatter(~finished, numbers)
+            logits = next_logits(model, text, cache)
     return _split_into_replies(steps, count)
 
 # %% ../nbs/54_rollouts.ipynb #47ae7195

@@ -1,0 +1,191 @@
+"""Compare ways to learn from a larger model with more training; write distill.json.
+
+    tinylm pretrain --out runs/default                  # the teacher
+    python benchmarks/distill.py --teacher runs/default
+
+All ways start from the same student, which has less than a third of the teacher's parameters and
+a short training behind it. All take about the same processor time. What is in the file of results
+is not measured again, so a stopped study goes on where it was. All figures are of one thread.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import tempfile
+import time
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+import torch
+from record import RESULTS, commit, interval, machine
+
+import tinylm.shortconv  # noqa: F401  (adds its kind of layer)
+from tinylm.corpus import make_corpus
+from tinylm.distill import WAYS, DistillConfig, distill
+from tinylm.evaluate import distance_to_floor, exact_match
+from tinylm.files import DataConfig
+from tinylm.model import ModelConfig, TinyLM
+from tinylm.pretrain import PretrainConfig, Result, TrainConfig, pretrain
+from tinylm.runs import open_run
+from tinylm.token_cache import prepare
+
+STUDENT = ModelConfig(
+    # Less than a third of the parameters of the default recipe.
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    layer_types=["canon_attention"] * 3,
+    embedding_range=0.2,
+    conv_L_cache=4,
+)
+FIRST_STEPS = 400  # of the student, before the ways part
+
+# Steps and rows of each way, so many that all take about the same processor time.
+STEPS = {"data": 500, "samples": 330, "forward": 265, "reverse": 70}
+ROWS = {"reverse": 32}
+
+
+def settings(
+    steps: int,  # of training
+    rows: int,  # of a batch
+    seed: int,  # of weights, order and noise
+) -> TrainConfig:
+    """Return the settings that all runs have in common."""
+    # Those of the default recipe, without reports on the way.
+    return TrainConfig(
+        steps,
+        optimizer="muon",
+        learning_rate=0.004,
+        muon_learning_rate=0.005,
+        batch_size=rows,
+        warmup_steps=20,
+        weight_decay=0.0,
+        schedule="wsd",
+        decay_fraction=0.7,
+        min_lr_ratio=0.0,
+        eval_interval=0,
+        checkpoint_interval=0,
+        sample_interval=0,
+        num_threads=1,
+        seed=seed,
+    )
+
+
+def measure(result: Result) -> dict[str, float]:
+    """Return the distance to the floor, and how many questions are answered right."""
+    assert result.floor is not None
+    tokenizer = result.prepared.tokenizer
+    stories = make_corpus(100, 0, "heldout", details=True)
+    questions = [question for story in stories for question in story.questions]
+    right = exact_match(result.model, tokenizer, questions)["all"]
+    distance = distance_to_floor(result.validation_loss, result.floor)
+    return {
+        "distance_to_the_floor_percent": round(100 * distance, 2),
+        "questions_right_percent": round(100 * right.share, 2),
+    }
+
+
+def run_seed(
+    teacher: str,  # folder of its run
+    seed: int,  # of weights, order and noise
+    figures: dict,  # of all ways; is filled
+    scale: float,  # factor of all steps
+) -> None:
+    """Train a student, then each way that is missing."""
+    # Stories that the teacher did not see, in its tokens; the ways do not repeat the first ones.
+    data = DataConfig(tokenizer=teacher, stories=6000, validation_stories=200, seed=1 + 2 * seed)
+    further = replace(data, stories=9000, seed=2 + 2 * seed)
+    with tempfile.TemporaryDirectory() as folder:
+        start = f"{folder}/start"
+        train = replace(settings(round(FIRST_STEPS * scale), 8, seed), decay_fraction=0.01)
+        config = PretrainConfig(STUDENT, data, train, out=start)
+        prepare(data)
+        prepare(further)
+        with contextlib.redirect_stdout(io.StringIO()):
+            first = pretrain(config)
+        figures.setdefault("start", {})[str(seed)] = measure(first)
+        for way in WAYS:
+            by_seed = figures.setdefault(way, {})
+            if str(seed) in by_seed:
+                continue
+
+            # What is counted is all that the way needs: also the teacher's writing and reading.
+            steps = max(1, round(STEPS[way] * scale))
+            recipe = DistillConfig(
+                run=start,
+                teacher=teacher,
+                data=further,
+                train=settings(steps, ROWS.get(way, 8), seed),
+                out=f"{folder}/{way}",
+                way=way,
+                teacher_stories=600,
+            )
+            begin = time.process_time()
+            with contextlib.redirect_stdout(io.StringIO()):
+                result = distill(recipe)
+            seconds = time.process_time() - begin
+            by_seed[str(seed)] = measure(result)
+            by_seed[str(seed)] |= {"steps": steps, "cpu_seconds": round(seconds, 1)}
+            print(way, seed, by_seed[str(seed)], flush=True)
+
+
+def parameters(model: TinyLM) -> int:
+    """Count the parameters of a model."""
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def summarize(figures: dict) -> dict:
+    """Return mean and 95% interval of each way, and its difference from the data alone."""
+    summary = {}
+    names = ("distance_to_the_floor_percent", "questions_right_percent")
+    for way, by_seed in figures.items():
+        seeds = sorted(by_seed)
+        summary[way] = {name: interval([by_seed[s][name] for s in seeds]) for name in names}
+        if way in ("start", "data"):
+            continue
+
+        # Seed by seed: both began with the same student.
+        for name in names:
+            changes = [round(by_seed[s][name] - figures["data"][s][name], 2) for s in seeds]
+            summary[way][f"{name}_minus_data"] = interval(changes)
+    return summary
+
+
+def main() -> None:
+    """Run what is missing, and write the file after each seed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--teacher", required=True, help="run of `tinylm pretrain`")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of all steps")
+    parser.add_argument("--out", type=Path, default=RESULTS / "distill.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    # What is there already is not measured again.
+    figures: dict = {}
+    if args.out.exists():
+        figures = json.loads(args.out.read_text("utf-8"))["figures"]["by_seed"]
+    teacher, tokenizer = open_run(args.teacher)
+    student = TinyLM(replace(STUDENT, vocab_size=len(tokenizer)))
+    for seed in args.seeds:
+        run_seed(args.teacher, seed, figures, args.scale)
+        entry = {
+            "command": "python benchmarks/distill.py --teacher runs/default",
+            "commit": commit(),
+            "date": str(date.today()),
+            "machine": machine(),
+            "seeds": sorted(int(s) for s in figures["data"]),
+            "figures": {
+                "parameters": {"teacher": parameters(teacher), "student": parameters(student)},
+                "over_seeds": summarize(figures),
+                "by_seed": figures,
+            },
+        }
+        args.out.write_text(json.dumps(entry, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
