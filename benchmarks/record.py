@@ -344,7 +344,11 @@ def record_finished_trials(
     write("trials", command, sorted(seeds), figures, of_runs)
 
 
-def record_decoding(llama_cpp: Path | None, repeats: int, new_tokens: int) -> None:
+def record_decoding(
+    llama_cpp: Path | None,  # GGUF file for llama.cpp; None: without it
+    repeats: int,  # of each measurement
+    new_tokens: int,  # that each text gets
+) -> None:
     """Run decode.py and keep its figures."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "decode.json"

@@ -158,9 +158,7 @@ def test_what_cannot_have_it_is_refused():
         TinyLM(replace(MIXED, kv_lora_rank=8))
     with pytest.raises(FieldError, match="layer 1 is ShortConv: leave it out"):
         TinyLM(replace(MIXED, layer_types=("full_attention", "conv", "full_attention")))
-    with pytest.raises(
-        FieldError, match="OwnForward has a `forward` of its own"
-    ):
+    with pytest.raises(FieldError, match="OwnForward has a `forward` of its own"):
         TinyLM(MIXED, OwnForward)
 
 

@@ -515,10 +515,10 @@ class Block(nn.Module):
     def forward_with_values(
         self,
         x: Tensor,  # (B, T, D), after the first layer (B, T, D + K * d)
-        rope: Tensor | None,  # as in `forward`, and so are the others
-        mask: Tensor | None,
-        cache: object,
-        token_mask: Tensor | None,
+        rope: Tensor | None,  # cos and sin, as in `forward`
+        mask: Tensor | None,  # as in `forward`
+        cache: object,  # keys and mixed values of earlier calls
+        token_mask: Tensor | None,  # as in `forward`
     ) -> Tensor:  # (B, T, D + K * d), from the last layer (B, T, D)
         """Do what `forward` does, with values that are mixed with those of the first layer.
 
