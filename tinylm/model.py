@@ -786,8 +786,8 @@ class Decoder(nn.Module):
 
     def _uses_rule(self, layer_type: str, document_ids: Tensor | None, cache: object) -> bool:
         """Say whether layers of a type get a `FlexMask`, which their attention has to know."""
-        device = self.embed_tokens.weight.device
-        dtype = self.embed_tokens.weight.dtype
+        device = self.norm.weight.device
+        dtype = self.norm.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         choice = choose_attention(
