@@ -36,7 +36,6 @@ from tinylm.parts import (
     SinkBlock,
     SoftcapBlock,
     StepwiseAttention,
-    ValueResidualBlock,
 )
 from tinylm.pretrain import PretrainConfig
 from tinylm.recipes import change_fields, read_recipe
@@ -48,7 +47,7 @@ RECIPE = Path(__file__).resolve().parent / "parts.yaml"
 PARTS: dict[str, dict] = {
     "shifts": {"block": ShiftBlock},
     "output gate": {"block": GatedBlock},
-    "value residual": {"block": ValueResidualBlock},
+    "value residual": {"model.value_residual": True},
     "ReLU squared": {"block": ReLUSquaredBlock},
     "sinks": {"block": SinkBlock},
     "softcap": {"block": SoftcapBlock},
@@ -137,7 +136,12 @@ def time_steps(recipe: PretrainConfig, steps: int) -> dict[str, float]:
     engines: dict[str, Engine] = {}
     for name, changes in {"baseline": {}, **PARTS}.items():
         torch.manual_seed(0)
-        model = TinyLM(config, changes.get("block", Block))
+        fields = {
+            path.removeprefix("model."): value
+            for path, value in changes.items()
+            if path.startswith("model.")
+        }
+        model = TinyLM(replace(config, **fields), changes.get("block", Block))
         engines[name] = Engine(model, next_token_loss(model), recipe.train)
 
     # In turns, so that a slow minute of the machine hits all of them; the first two do not count.

@@ -8,7 +8,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 import tinylm.engine as engine
-from tinylm.attention import FlexMask, attend, attend_at_once, attention_mask, choose_attention
+from tinylm.attention import (
+    FlexMask,
+    attend,
+    attend_at_once,
+    attend_with_sinks,
+    attention_mask,
+    choose_attention,
+)
 from tinylm.basics import FieldError
 from tinylm.engine import (
     EngineConfig,
@@ -52,15 +59,41 @@ def test_a_rule_equals_the_dense_mask(T, K, padding, documents, window):
     expected = attend(q, k, v, dense)
     assert_close(attend(q, k, v, rule), expected, atol=2e-6, rtol=1e-5)
     assert_close(attend_at_once(q, k, v, rule), expected, atol=2e-6, rtol=1e-5)
+    expected = attend(q, k, v, dense, scale=0.5)
+    assert_close(attend(q, k, v, rule, scale=0.5), expected, atol=2e-6, rtol=1e-5)
     assert rule[..., -150:] is rule
     if dense is not None:
         assert torch.equal(rule[..., -9:], dense[..., -9:])
 
 
-@pytest.mark.parametrize("config", [{}, {"sliding_window": 20}, {"kv_lora_rank": 16}], ids=str)
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one", "packed"])
+def test_sinks_take_a_rule_too(documents):
+    q = torch.randn(2, 4, 150, 16)
+    k, v = torch.randn(2, 2, 2, 150, 16)
+    limits = (150, 150, None, documents)
+    expected = attend_with_sinks(q, k, v, torch.ones(4), attention_mask(*limits))
+    assert_close(attend_with_sinks(q, k, v, torch.ones(4), FlexMask(*limits)), expected)
+
+
+SAME = [
+    {},
+    {"sliding_window": 20},
+    {"kv_lora_rank": 16},
+    {"query_pre_attn_scalar": 100.0},
+    {"attn_logit_softcapping": 0.5},
+    {"attention_sinks": True},
+    {"layer_types": ("full_attention", "sliding_attention"), "sliding_window": 20},
+    {"layer_types": ("canon_attention", "full_attention")},
+]
+
+
+@pytest.mark.parametrize("config", SAME, ids=str)
 def test_a_model_computes_the_same(config):
     model = TinyLM(ModelConfig(**SMALL, **config)).eval()
     with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1 or name.endswith("sinks"):
+                weight.normal_(std=0.3)
         expected = model(IDS, document_ids=DOCUMENTS)
         model.model.attn_implementation = "flex_attention"
         assert_close(model(IDS, document_ids=DOCUMENTS), expected, atol=1e-5, rtol=1e-5)
@@ -95,7 +128,7 @@ def test_the_choice(monkeypatch):
 def test_shared_heads_are_copied_on_a_gpu(monkeypatch):
     heads = []
 
-    def sdpa(q, k, v, mask, dropout_p, is_causal, enable_gqa):
+    def sdpa(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa):
         heads.append((k.shape[1], enable_gqa))
         return q
 

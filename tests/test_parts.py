@@ -27,14 +27,13 @@ from tinylm.parts import (
     SinkBlock,
     SoftcapAttention,
     SoftcapBlock,
-    ValueResidualBlock,
     attend_by_hand,
     tap_mask,
 )
 from tinylm.proofs import INVARIANCES, LAYOUTS, TINY, build, check_invariances
 from tinylm.rope import precompute_rope
 
-BLOCKS = [ReLUSquaredBlock, GatedBlock, SoftcapBlock, SinkBlock, ValueResidualBlock, ShiftBlock]
+BLOCKS = [ReLUSquaredBlock, GatedBlock, SoftcapBlock, SinkBlock, ShiftBlock]
 GQA = LAYOUTS["GQA, QK-norm (Qwen3)"]
 EXPERTS = replace(TINY, num_experts=4, moe_intermediate_size=16)
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -109,7 +108,7 @@ def test_without_a_change_it_is_plain_attention(masked):
 
 def test_mixed_values_as_a_loop():
     """The published code keeps the first layer's values in a list that all layers share."""
-    model = build(TINY, ValueResidualBlock)
+    model = build(replace(TINY, value_residual=True))
     ids = torch.randint(32, (2, 9))
     rope = model.model.rope[:, :9]
     x = model.model.embed_tokens(ids)
@@ -219,8 +218,6 @@ def test_layers_of_other_kinds_stay():
         "ShortConv",
         "GatedAttention",
     ]
-    with pytest.raises(FieldError, match="layer 0 is ShortConv: leave it out"):
-        TinyLM(config, ValueResidualBlock)
 
 
 # Bad input

@@ -12,7 +12,7 @@ from tinylm.checkpoints import config_to_hf, load_model, save_model
 from tinylm.hub import to_transformers
 from tinylm.kv_cache import KVCache
 from tinylm.lora import LoraConfig, add_lora, merge_lora
-from tinylm.model import Block, ModelConfig, TinyLM, ValueResidualBlock
+from tinylm.model import Block, ModelConfig, TinyLM
 from tinylm.quantize import prepare_decoding
 
 PLAIN = ModelConfig(
@@ -139,12 +139,18 @@ def test_one_layer_has_nothing_to_mix():
     assert torch.equal(alone(ids(2, 9)), plain(ids(2, 9)))
 
 
-class OwnBlock(Block):
-    """A block that knows nothing of values."""
+class OwnPart(Block):
+    """A block with a part of its own."""
+
+    def make_mlp(self, config):
+        return torch.nn.Identity()
 
 
-class OwnMixingBlock(ValueResidualBlock):
-    """A block that does."""
+class OwnForward(Block):
+    """A block that does everything in its own way."""
+
+    def forward(self, x, *args):
+        return x
 
 
 def test_what_cannot_have_it_is_refused():
@@ -152,6 +158,11 @@ def test_what_cannot_have_it_is_refused():
         TinyLM(replace(MIXED, kv_lora_rank=8))
     with pytest.raises(FieldError, match="layer 1 is ShortConv: leave it out"):
         TinyLM(replace(MIXED, layer_types=("full_attention", "conv", "full_attention")))
-    with pytest.raises(FieldError, match="OwnBlock does not mix values: let it inherit from"):
-        TinyLM(MIXED, OwnBlock)
-    assert isinstance(TinyLM(MIXED, OwnMixingBlock).model.layers[1], OwnMixingBlock)
+    with pytest.raises(
+        FieldError, match="OwnForward has a `forward` of its own"
+    ):
+        TinyLM(MIXED, OwnForward)
+
+
+def test_a_part_of_ones_own_goes_with_it():
+    assert TinyLM(MIXED, OwnPart)(ids(2, 9)).shape == (2, 9, 50)

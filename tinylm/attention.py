@@ -51,7 +51,7 @@ def attend(
 
     # A `FlexMask` is a rule instead of a tensor, and computes with it.
     if mask is not None and not isinstance(mask, Tensor):
-        return mask.attend(q, k, v, dropout_p)
+        return mask.attend(q, k, v, dropout_p, scale)
 
     # A CPU trains faster in bfloat16 with large products than with small blocks.
     trains_on_cpu = q.requires_grad and q.device.type == "cpu"
@@ -286,10 +286,10 @@ def attend_at_once(
     """
     B, H, T, d = q.shape
     K, S = k.shape[1:3]
+    if mask is not None and not isinstance(mask, Tensor):
+        mask = mask.dense()
     if mask is None:
         mask = causal_mask(T, S, q.device)
-    elif not isinstance(mask, Tensor):
-        mask = mask.dense()
 
     # Compare: queries that share a key head are rows of one product.
     scale = d**-0.5 if scale is None else scale
@@ -354,12 +354,13 @@ class FlexMask:
         k: Tensor,  # (B, K, S, d)
         v: Tensor,  # (B, K, S, d)
         dropout_p: float = 0.0,  # share of the weights dropped
+        scale: float | None = None,  # factor of the scores; None: 1 / sqrt(d)
     ) -> Tensor:  # (B, H, T, d)
         """Compute `attend`; with dropout, which FlexAttention lacks, with the dense mask."""
         if dropout_p:
-            return attend(q, k, v, self.dense(), dropout_p)
+            return attend(q, k, v, self.dense(), dropout_p, scale)
         return _compiled(flex_attention, q.device)(
-            q, k, v, block_mask=self.blocks, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, block_mask=self.blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
 
     def dense(self) -> Tensor | None:
@@ -431,6 +432,8 @@ def attend_with_sinks(
     B, H, T, d = q.shape
     S = k.shape[2]
     scale = d**-0.5 if scale is None else scale
+    if mask is not None and not isinstance(mask, Tensor):  # the rule does not know the sink
+        mask = mask.dense()
 
     # New dimensions for all, and a new first position for keys and values.
     score = (sinks / scale).to(q.dtype).view(1, H, 1, 1).expand(B, H, T, 1)

@@ -542,7 +542,7 @@ def _write_family(config: ModelConfig, model_type: str) -> dict:
     elif not config.learned_positions:
         hf["rope_parameters"] = _write_rope(config.rope_theta, config.rope_scaling)
     if config.layer_types and family.mixed_layers:
-        hf["layer_types"] = list(config.layer_types)
+        hf["layer_types"] = [config.layer_type(i) for i in range(config.num_hidden_layers)]
 
     # Which tokens are special is said by the tokenizer, not by the defaults of a family.
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -590,9 +590,9 @@ def needed_changes(
     # alike, no list says so.
     kinds = FAMILIES[model_type].kinds
     layer_types = [kind if kind in kinds else "full_attention" for kind in config.layer_types]
-    if layer_types != list(config.layer_types):
-        changes["layer_types"] = tuple(layer_types)
     alike = set(layer_types) in ({"full_attention"}, {"sliding_attention"})
+    if layer_types != list(config.layer_types):
+        changes["layer_types"] = tuple(layer_types[:1] if alike else layer_types)
     config = replace(config, layer_types=() if alike else tuple(layer_types))
 
     back = config_from_hf(_write_family(config, model_type))

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['LAYER_TYPES', 'LAYER_KINDS', 'Kind', 'NORM_PLACEMENTS', 'shift_labels', 'CoreFields', 'LayerKind', 'register_layer',
            'VariantFields', 'OptionalParts', 'ModelConfig', 'Block', 'attention_options', 'find_tokens', 'run_once',
-           'run_twice', 'count_tokens', 'block_name', 'name_block', 'ValueResidualBlock', 'choose_block', 'Decoder',
-           'TinyLM']
+           'run_twice', 'count_tokens', 'block_name', 'name_block', 'Decoder', 'TinyLM']
 
 # %% ../nbs/15_model.ipynb #acea4932
 import math
@@ -428,6 +427,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.layer_idx = layer_idx
+        self.hidden_size = config.hidden_size
         self.use_rope = layer_idx not in config.no_rope_layers
         has_first = config.norm_placement != "after"
         has_last = config.norm_placement != "before"
@@ -441,6 +441,16 @@ class Block(nn.Module):
         self.post_attention_layernorm = self.make_norm(config) if has_first else nn.Identity()
         self.mlp = self.make_mlp(config)
         self.mlp_output_layernorm = self.make_norm(config) if has_last else nn.Identity()
+
+        # The values of the first layer in the others. The last layer hands nothing on.
+        self.mixes_values = config.value_residual
+        self.is_last = layer_idx == config.num_hidden_layers - 1
+        if self.mixes_values and not isinstance(self.self_attn, Attention):
+            kind = type(self.self_attn).__name__
+            remedy = f"it mixes values of attention, and layer {layer_idx} is {kind}: leave it out"
+            raise FieldError("value_residual", True, remedy)
+        if self.mixes_values and layer_idx > 0:
+            self.shares = nn.Parameter(torch.full((2,), 0.5))  # of the own and the first values
 
     def make_norm(self, config: ModelConfig) -> nn.Module:
         """Make a norm: override this method for another kind.
@@ -489,16 +499,45 @@ class Block(nn.Module):
         token_mask: Tensor | None = None,  # (B, T) for experts: False is padding
     ) -> Tensor:  # (B, T, D)
         """Add what attention finds, then what the feed-forward makes of it."""
+        rope = rope if self.use_rope else None
+        if self.mixes_values:
+            return self.forward_with_values(x, rope, mask, cache, token_mask)
         h = self.input_layernorm(x)
-        h = self.self_attn(h, rope if self.use_rope else None, mask, cache, self.layer_idx)
-        x = x + self.attention_output_layernorm(h)
-        return self.add_mlp(x, token_mask)
+        h = self.self_attn(h, rope, mask, cache, self.layer_idx)
+        return self.add_mlp(x + self.attention_output_layernorm(h), token_mask)
 
     def add_mlp(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
         """Do the second half of the block: add what the feed-forward makes of x."""
         h = self.post_attention_layernorm(x)
         h = self.mlp(h, token_mask) if isinstance(self.mlp, MoE) else self.mlp(h)
         return x + self.mlp_output_layernorm(h)
+
+    def forward_with_values(
+        self,
+        x: Tensor,  # (B, T, D), after the first layer (B, T, D + K * d)
+        rope: Tensor | None,  # as in `forward`, and so are the others
+        mask: Tensor | None,
+        cache: object,
+        token_mask: Tensor | None,
+    ) -> Tensor:  # (B, T, D + K * d), from the last layer (B, T, D)
+        """Do what `forward` does, with values that are mixed with those of the first layer.
+
+        Zhou et al. 2024. These values travel through the model behind x.
+        """
+        first = x[..., self.hidden_size :]
+        x = x[..., : self.hidden_size]
+        h = self.input_layernorm(x)
+
+        # The first layer has nothing to mix, and hands its values on.
+        values = self.self_attn.v_proj(h)  # type: ignore[operator]
+        if self.layer_idx == 0:
+            first = values
+        else:
+            values = self.shares[0] * values + self.shares[1] * first.to(values.dtype)
+
+        h = self.self_attn(h, rope, mask, cache, self.layer_idx, values)
+        x = self.add_mlp(x + self.attention_output_layernorm(h), token_mask)
+        return x if self.is_last else torch.cat((x, first), -1)
 
 # %% ../nbs/15_model.ipynb #4324247a
 def _norm_class(config: ModelConfig) -> type[nn.Module]:
@@ -629,65 +668,6 @@ def name_block(config: ModelConfig, block: type[Block]) -> ModelConfig:
         raise FieldError("block", config.block, remedy)
     return replace(config.resolved(), block=block_name(block))
 
-# %% ../nbs/15_model.ipynb #cde75637
-class ValueResidualBlock(Block):
-    """A block that mixes its values with those of the first layer (Zhou et al. 2024).
-
-    The first layer's values travel through the model behind x, and the last block drops them.
-    """
-
-    self_attn: Attention  # no other kind has values of heads
-
-    def __init__(
-        self,
-        config: ModelConfig,  # of the model
-        layer_idx: int,  # which layer this is, from 0
-    ):
-        super().__init__(config, layer_idx)
-        if not isinstance(self.self_attn, Attention):
-            kind = type(self.self_attn).__name__
-            remedy = f"it mixes values of attention, and layer {layer_idx} is {kind}: leave it out"
-            raise FieldError("value_residual", config.value_residual, remedy)
-        self.hidden_size = config.hidden_size
-        self.is_last = layer_idx == config.num_hidden_layers - 1
-        if layer_idx > 0:
-            self.shares = nn.Parameter(torch.full((2,), 0.5))  # of the own and the first values
-
-    def forward(
-        self,
-        x: Tensor,  # (B, T, D), after the first layer (B, T, D + K * d)
-        rope: Tensor | None = None,  # cos and sin for attention; None: nothing is rotated
-        mask: Tensor | None = None,  # for attention; None: causal
-        cache=None,  # for attention: keys and mixed values of earlier calls
-        token_mask: Tensor | None = None,  # (B, T) for experts: False is padding
-    ) -> Tensor:  # (B, T, D + K * d), from the last layer (B, T, D)
-        """Do what `Block` does, with mixed values."""
-        first = x[..., self.hidden_size :]
-        x = x[..., : self.hidden_size]
-        h = self.input_layernorm(x)
-
-        # The first layer has nothing to mix, and hands its values on.
-        values = self.self_attn.v_proj(h)
-        if self.layer_idx == 0:
-            first = values
-        else:
-            values = self.shares[0] * values + self.shares[1] * first.to(values.dtype)
-
-        rope = rope if self.use_rope else None
-        h = self.self_attn(h, rope, mask, cache, self.layer_idx, values)
-        x = self.add_mlp(x + self.attention_output_layernorm(h), token_mask)
-        return x if self.is_last else torch.cat((x, first), -1)
-
-
-def choose_block(config: ModelConfig, block: type[Block]) -> type[Block]:
-    """Return the class of a model's blocks: the one that is given, or what its config needs."""
-    if not config.value_residual or issubclass(block, ValueResidualBlock):
-        return block
-    if block is Block:
-        return ValueResidualBlock
-    remedy = f"{block.__name__} does not mix values: let it inherit from ValueResidualBlock"
-    raise FieldError("value_residual", config.value_residual, remedy)
-
 # %% ../nbs/15_model.ipynb #36ccfc7b
 class Decoder(nn.Module):
     """Token ids to vectors: embedding, blocks, norm. The `model` of every Llama checkpoint."""
@@ -706,7 +686,11 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         config = name_block(config, block)
-        block = choose_block(config, block)
+        if config.value_residual and block.forward is not Block.forward:
+            remedy = f"{block.__name__} has a `forward` of its own, which does not mix values"
+            raise FieldError(
+                "value_residual", True, f"{remedy}: leave it out (--model.no-value-residual)"
+            )
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = [block(config, i) for i in range(config.num_hidden_layers)]

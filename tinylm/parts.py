@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attention import Attention, attend, causal_mask
 from .basics import FieldError
 from .kv_cache import FullStore, KVCache
-from .model import LAYER_TYPES, Block, ModelConfig, ValueResidualBlock
+from .model import LAYER_TYPES, Block, ModelConfig
 from .rope import apply_rope
 from .shortconv import mix_neighbors
 
