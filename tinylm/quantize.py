@@ -241,8 +241,8 @@ def quantize_weight(
 
 def _has_known_experts(module: nn.Module) -> bool:
     """Return whether a module is one of experts that `LinearExperts` can compute."""
-    known = (Experts.transform, ClampedExperts.transform)
-    return isinstance(module, Experts) and type(module).transform in known
+    transforms = (Experts.transform, ClampedExperts.transform)
+    return isinstance(module, Experts) and type(module).transform in transforms
 
 
 def _quantize_experts(experts: Experts, scheme: Scheme) -> LinearExperts:
