@@ -166,6 +166,20 @@ def test_every_kind_of_layer_is_quantized(shape, name, tmp_path):
     assert len(generate(opened, PROMPTS, GREEDY)[0]) == 12
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+def test_writing_never_computes_a_whole_weight(name, monkeypatch):
+    """A whole table for each token would take longer than all the rest."""
+
+    def refuse(self):
+        raise AssertionError("a whole weight")
+
+    model = make_model(SIZES)
+    quantize_model(model, name)
+    prepare_decoding(model)
+    monkeypatch.setattr(QuantizedLinear, "weight", property(refuse))
+    assert len(generate(model, PROMPTS, GREEDY)[0]) == 12
+
+
 def test_the_right_parts_are_fused():
     model = make_model(SIZES)
     prepare_decoding(model)

@@ -770,8 +770,9 @@ class Decoder(nn.Module):
 
     def _uses_rule(self, layer_type: str, document_ids: Tensor | None, cache: object) -> bool:
         """Say whether layers of a type get a `FlexMask`, which their attention has to know."""
-        device = self.embed_tokens.weight.device
-        dtype = self.embed_tokens.weight.dtype
+        weight = next(self.norm.parameters())  # a quantized table would compute its own
+        device = weight.device
+        dtype = weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         choice = choose_attention(

@@ -347,7 +347,7 @@ class _Int8Rows(DecodingLinear):
         # With many rows, as in a prompt, reading is not what takes the time.
         if len(x) >= 64:
             y = F.linear(x.bfloat16(), self.codes.bfloat16())
-            return (y * self.scales).to(x.dtype)
+            return y.to(x.dtype) * self.scales.to(x.dtype)
         multiply = torch.ops.aten._weight_int8pack_mm
         return multiply(x.bfloat16(), self.codes, self.scales).to(x.dtype)
 
