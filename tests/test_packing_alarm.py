@@ -61,7 +61,12 @@ def test_the_closing_table_of_pretrain_has_the_alarm(flag, alarms, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     Path("crossing.py").write_text(BLOCK)
-    assert main(f"pretrain {DATA} {SMALL} {SHORT} --out runs/tiny{flag}".split()) == 0
+    assert (
+        main(
+            f"pretrain {DATA} {SMALL} {SHORT} --out runs/tiny --model.no-value-residual{flag}".split()
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     table_lines = [line for line in printed.splitlines() if line.startswith("loss ")]
     assert len(table_lines) == 1

@@ -289,7 +289,7 @@ def test_a_compiled_model_computes_the_same():
 REFUSED = {
     "conv_L_cache=0: use a number above 0": {"conv_L_cache": 0},
     "conv_L_cache=-1: use a number above 0": {"conv_L_cache": -1},
-    "delta is unknown: use full_attention, sliding_attention, conv": {
+    "delta is unknown: use full_attention, sliding_attention, ": {
         "layer_types": (CONV, "delta", FULL)
     },
     "for each of the 3 layers": {"layer_types": (CONV, FULL)},

@@ -20,6 +20,7 @@ from tinylm.cli import main
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--model.hidden-size 16 --model.num-hidden-layers 1 --model.num-attention-heads 1"
 SMALL += " --data.seq-len 48"
+PLAIN = "--model.layer-types full_attention --model.no-value-residual"  # can be exported
 SHORT = "--train.max-steps 2 --train.batch-size 2 --train.sample-tokens 3 --train.warmup-steps 1"
 TALE = "Kim rowed to the isle. The isle was far off."
 
@@ -49,7 +50,7 @@ def place(tmp_path_factory):
     chats = [json.dumps({"prompt": f"How far, {n}?", "completion": "Far."}) for n in range(20)]
     Path("chats.jsonl").write_text("\n".join(chats))
     data = "--data.path tales.jsonl --data.vocab-size 290"
-    assert call(f"pretrain {data} {SMALL} {SHORT} --out runs/base") == 0
+    assert call(f"pretrain {data} {SMALL} {PLAIN} {SHORT} --out runs/base") == 0
     data = "--data.path chats.jsonl --data.seq-len 48"
     assert call(f"sft --run runs/base {data} {SHORT} --out runs/tuned") == 0
     yield project
