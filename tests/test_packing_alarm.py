@@ -26,6 +26,7 @@ class CrossingConvolution(Block):
 '''
 SMALL = "--model.hidden-size 16 --model.num-hidden-layers 1 --model.num-attention-heads 1"
 DATA = "--data.stories 60 --data.validation-stories 20 --data.vocab-size 400"
+PLAIN = "--model.layer-types full_attention --model.no-value-residual"
 SHORT = "--train.max-steps 2 --train.batch-size 2 --train.sample-tokens 3 --train.warmup-steps 1"
 
 
@@ -61,12 +62,8 @@ def test_the_closing_table_of_pretrain_has_the_alarm(flag, alarms, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     Path("crossing.py").write_text(BLOCK)
-    assert (
-        main(
-            f"pretrain {DATA} {SMALL} {SHORT} --out runs/tiny --model.no-value-residual{flag}".split()
-        )
-        == 0
-    )
+    words = f"pretrain {DATA} {SMALL} {SHORT} {PLAIN} --out runs/tiny{flag}"
+    assert main(words.split()) == 0
     printed = capsys.readouterr().out
     table_lines = [line for line in printed.splitlines() if line.startswith("loss ")]
     assert len(table_lines) == 1
