@@ -316,7 +316,7 @@ def test_no_optimizer_takes_it(change, optimizer):
         prepare_decoding(model)
     else:
         quantize_model(model, change)
-    message = "no weight that can be trained: is it quantized, or prepared for decoding"
+    message = "model has nothing to train: give one with weights that can change"
     with pytest.raises(ValueError, match=message):
         Engine(model, next_token_loss(model), EngineConfig(optimizer=optimizer, device="cpu"))
 
