@@ -218,6 +218,8 @@ def test_layers_of_other_kinds_stay():
         "ShortConv",
         "GatedAttention",
     ]
+    with pytest.raises(FieldError, match="GatedBlock would change no layer, use full_attention"):
+        TinyLM(replace(config, layer_types=("conv",)), GatedBlock)
 
 
 # Bad input

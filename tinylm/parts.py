@@ -121,6 +121,10 @@ class AttentionBlock(Block):
         if config.kv_lora_rank:
             remedy = f"{type(self).__name__} needs attention with heads, leave it out"
             raise FieldError("kv_lora_rank", config.kv_lora_rank, remedy)
+        kinds = {config.layer_type(i) for i in range(config.num_hidden_layers)}
+        if kinds.isdisjoint(LAYER_TYPES):
+            remedy = f"{type(self).__name__} would change no layer, use full_attention"
+            raise FieldError("layer_types", config.layer_types, remedy)
         if config.layer_type(self.layer_idx) not in LAYER_TYPES:
             return super().make_attention(config)
         sizes = config.resolved()
