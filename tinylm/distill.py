@@ -128,7 +128,7 @@ class DistillConfig(TuneConfig):
     teacher_stories: int = 1000  # how many the teacher writes, if the student learns from them
     written_tokens: int = 48  # most tokens that the student writes in a row
 
-    command = "distill"  # no command of the command line yet
+    command = ""  # it has none: it is started from Python
 
     def __post_init__(self) -> None:
         rules: dict[str, tuple[object, str]] = {

@@ -404,6 +404,8 @@ def empty_run(out: Path) -> None:
 
 def resume_command(config: Recipe) -> str:
     """Return the command that goes on with a run that was interrupted."""
+    if not config.command:  # it was started from Python
+        return "the same call with resume=True"
     processes = int(os.environ.get("WORLD_SIZE", 1))
     launcher = "tinylm"
     if processes > 1:
