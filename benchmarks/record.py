@@ -192,11 +192,12 @@ def record_speedrun(folders: list[Path], of_runs: str) -> None:
         if all(stage in report for report in reports):
             figures[stage] = stage_figures([report[stage] for report in reports])
 
-    # What preferences change, seed by seed.
+    # What preferences and rewards change, seed by seed.
     before = figures["sft"]["right_replies_percent"]["all"]["by_seed"]
-    after = figures["dpo"]["right_replies_percent"]["all"]["by_seed"]
-    changes = [round(dpo - sft, 2) for sft, dpo in zip(before, after, strict=True)]
-    figures["dpo_minus_sft_percent"] = {**interval(changes), "by_seed": changes}
+    for stage in ("dpo", "grpo"):
+        after = figures[stage]["right_replies_percent"]["all"]["by_seed"]
+        changes = [round(new - old, 2) for new, old in zip(after, before, strict=True)]
+        figures[f"{stage}_minus_sft_percent"] = {**interval(changes), "by_seed": changes}
     figures["questions"] = reports[0]["sft"]["chat"]["all"]["total"]
     write(
         "speedrun", "tinylm speedrun --seed N; record.py speedrun FOLDERS", seeds, figures, of_runs
