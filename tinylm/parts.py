@@ -121,6 +121,8 @@ class AttentionBlock(Block):
         if config.kv_lora_rank:
             remedy = f"{type(self).__name__} needs attention with heads, leave it out"
             raise FieldError("kv_lora_rank", config.kv_lora_rank, remedy)
+
+        # A part that changes no layer would be measured as one without effect.
         kinds = {config.layer_type(i) for i in range(config.num_hidden_layers)}
         if kinds.isdisjoint(LAYER_TYPES):
             remedy = f"{type(self).__name__} would change no layer, use full_attention"
