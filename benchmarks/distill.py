@@ -1,11 +1,13 @@
 """Compare ways to learn from a larger model with more training; write distill.json.
 
-    tinylm pretrain --out runs/default                  # the teacher
-    python benchmarks/distill.py --teacher runs/default
+    tinylm pretrain --model.hidden-size 256 --model.intermediate-size 448 \\
+        --model.num-attention-heads 8 --train.num-threads 1 --out runs/teacher
+    python benchmarks/distill.py --teacher runs/teacher
 
-All ways start from the same student, which has less than a third of the teacher's parameters and
-a short training behind it. All take about the same processor time. What is in the file of results
-is not measured again, so a stopped study goes on where it was. All figures are of one thread.
+All ways start from the same student: a model of the default recipe, a quarter of the teacher's
+size, with a short training behind it. All take about the same processor time. What is in the file
+of results is not measured again, so a stopped study goes on where it was. All figures are of one
+thread.
 """
 
 import argparse
@@ -26,21 +28,13 @@ from tinylm.corpus import make_corpus
 from tinylm.distill import WAYS, DistillConfig, distill
 from tinylm.evaluate import distance_to_floor, exact_match
 from tinylm.files import DataConfig
-from tinylm.model import ModelConfig, TinyLM
+from tinylm.model import TinyLM
 from tinylm.pretrain import PretrainConfig, Result, TrainConfig, pretrain
+from tinylm.recipes import read_recipe
 from tinylm.runs import open_run
 from tinylm.token_cache import prepare
 
-STUDENT = ModelConfig(
-    # Less than a third of the parameters of the default recipe.
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    layer_types=["canon_attention"] * 3,
-    embedding_range=0.2,
-    conv_L_cache=4,
-)
+RECIPE = read_recipe("default")  # of the student
 FIRST_STEPS = 400  # of the student, before the ways part
 
 # Steps and rows of each way, so many that all take about the same processor time.
@@ -55,17 +49,10 @@ def settings(
 ) -> TrainConfig:
     """Return the settings that all runs have in common."""
     # Those of the default recipe, without reports on the way.
-    return TrainConfig(
-        steps,
-        optimizer="muon",
-        learning_rate=0.004,
-        muon_learning_rate=0.005,
+    return replace(
+        RECIPE.train,
+        max_steps=steps,
         batch_size=rows,
-        warmup_steps=20,
-        weight_decay=0.0,
-        schedule="wsd",
-        decay_fraction=0.7,
-        min_lr_ratio=0.0,
         eval_interval=0,
         checkpoint_interval=0,
         sample_interval=0,
@@ -101,7 +88,7 @@ def run_seed(
     with tempfile.TemporaryDirectory() as folder:
         start = f"{folder}/start"
         train = replace(settings(round(FIRST_STEPS * scale), 8, seed), decay_fraction=0.01)
-        config = PretrainConfig(STUDENT, data, train, out=start)
+        config = PretrainConfig(RECIPE.model, data, train, out=start)
         prepare(data)
         prepare(further)
         with contextlib.redirect_stdout(io.StringIO()):
@@ -169,11 +156,12 @@ def main() -> None:
     if args.out.exists():
         figures = json.loads(args.out.read_text("utf-8"))["figures"]["by_seed"]
     teacher, tokenizer = open_run(args.teacher)
-    student = TinyLM(replace(STUDENT, vocab_size=len(tokenizer)))
+    student = TinyLM(replace(RECIPE.model, vocab_size=len(tokenizer)))
+    scale = "" if args.scale == 1 else f" --scale {args.scale:g}"
     for seed in args.seeds:
         run_seed(args.teacher, seed, figures, args.scale)
         entry = {
-            "command": "python benchmarks/distill.py --teacher runs/default",
+            "command": f"python benchmarks/distill.py --teacher runs/teacher{scale}",
             "commit": commit(),
             "date": str(date.today()),
             "machine": machine(),

@@ -172,7 +172,7 @@ def in_small(command: str) -> list[str]:
         words += ["--run", "runs/default"]
     if words[0] == "speedrun":
         words += QUICK
-    if "sft" in words:
+    if words[0] == "grpo" or "sft" in words:
         words += FEW
     if "pretrain" in words and "--help" not in words:
         words += TINY

@@ -141,7 +141,7 @@ def place_words(
 
 # %% ../nbs/69_cli.ipynb #75d46dc6
 # Their --recipe holds values of their flags.
-_SHOW_RECIPE = ("pretrain", "sft", "dpo", "grpo", "info")
+_SHOW_RECIPE = ("pretrain", "sft", "dpo", "grpo", "distill", "info")
 
 
 def _recipe_flag(argv: list[str]) -> str | None:
@@ -167,11 +167,12 @@ def read_words(name: str, argv: list[str]) -> dict[str, object]:
     # A missing run is a typing error; a run that is resumed knows where it started.
     if not values.get("resume"):
         usual = {flag.name: flag.default for flag in command.flags}
-        run = values.get("run", usual.get("run"))
         origin = "sft" if name in ("dpo", "grpo") else "pretrain"
-        for folder in run if isinstance(run, (list, tuple)) else [run]:
-            if folder:
-                find_run(str(folder), origin)
+        for flag in ("run", "teacher"):
+            run = values.get(flag, usual.get(flag))
+            for folder in run if isinstance(run, (list, tuple)) else [run]:
+                if folder:
+                    find_run(str(folder), origin, flag)
     return values
 
 # %% ../nbs/69_cli.ipynb #18258595

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'import_block', 'block_errors', 'check_block', 'require_block', 'open_model', 'Origin', 'read_config',
            'beside_run', 'trained_from', 'pretrained_by', 'table', 'usual_values', 'values_of_recipe',
-           'is_first_process', 'print_next', 'as_minutes', 'note_warmup', 'note_machine', 'run_pretrain', 'tune',
-           'run_sft', 'run_dpo', 'run_grpo', 'GenerateConfig', 'run_generate', 'ChatConfig', 'run_chat', 'default_text',
-           'EvaluateConfig', 'text_of_run', 'measure_run', 'run_evaluate', 'InfoConfig', 'describe', 'default_info',
-           'values_to_show', 'run_info', 'ExportConfig', 'write_quantized', 'check_family', 'run_export',
-           'values_of_search', 'run_sweep', 'SpeedrunConfig', 'print_and_start', 'run_speedrun', 'run_exercises',
-           'Command', 'flags_of', 'class_defaults', 'start']
+           'is_first_process', 'print_next', 'as_minutes', 'note_warmup', 'note_machine', 'measured_rows',
+           'size_and_time', 'run_pretrain', 'tune', 'run_sft', 'run_dpo', 'run_grpo', 'run_distill', 'GenerateConfig',
+           'run_generate', 'ChatConfig', 'run_chat', 'default_text', 'EvaluateConfig', 'text_of_run', 'measure_run',
+           'run_evaluate', 'InfoConfig', 'describe', 'default_info', 'values_to_show', 'run_info', 'ExportConfig',
+           'write_quantized', 'check_family', 'run_export', 'values_of_search', 'run_sweep', 'SpeedrunConfig',
+           'print_and_start', 'run_speedrun', 'run_exercises', 'Command', 'flags_of', 'class_defaults', 'start']
 
 # %% ../nbs/68_commands.ipynb #cfecbfbe
 import inspect
@@ -33,6 +33,7 @@ from .chat_template import Tokenizer
 from .checkpoints import config_to_hf, nearest_family
 from .corpus import make_corpus
 from .cost import cache_bytes, check_memory, count_parameters, flops_by_part, flops_per_token
+from .distill import DistillConfig, distill
 from .dpo import DPOConfig, dpo
 from tinylm.engine import (
     EngineConfig,
@@ -49,7 +50,7 @@ from .generate import SamplingConfig, check_vocabulary, stream
 from .grpo import GRPOConfig, grpo
 from .hub import load, save
 from .model import Block, ModelConfig, TinyLM, block_name
-from .pretrain import PretrainConfig, TrainConfig, pretrain
+from .pretrain import PretrainConfig, Result, TrainConfig, pretrain
 from tinylm.quantize import (
     find_scheme,
     load_quantized,
@@ -323,6 +324,25 @@ def note_machine(train: EngineConfig, model: ModelConfig) -> None:
         note(f"note: {line}")
 
 
+def measured_rows(result: Result, seq_len: int) -> list[tuple[str, str]]:
+    """Measure a model of texts on the validation part of its data."""
+    note("measuring the model on validation text")
+    report = evaluate(result.model, result.prepared, seq_len, as_chats=False)
+    names = ("loss", "floor", "distance to the floor", "perplexity", "bits per byte")
+    return [row for row in report.rows() if row[0] in (*names, "answers, all")]
+
+
+def size_and_time(result: Result) -> list[tuple[str, str]]:
+    """Return the size of a model, and what its training took."""
+    progress = result.progress
+    size = sum(weight.numel() for weight in result.model.parameters())
+    return [
+        ("parameters", f"{size:,}"),
+        ("tokens", f"{progress.tokens:,} in {progress.step:,} steps"),
+        ("time", as_minutes(progress.elapsed)),
+    ]
+
+
 def run_pretrain(config: PretrainConfig, block: type[Block]) -> None:
     """Train a model, and measure it."""
     check_block(config.model, block, "the recipe")
@@ -334,13 +354,11 @@ def run_pretrain(config: PretrainConfig, block: type[Block]) -> None:
         return
 
     # How good is the model?
-    note("measuring the model on validation text, and the speed of this machine")
     seq_len = config.data.seq_len
-    report = evaluate(result.model, result.prepared, seq_len, as_chats=False)
-    names = ("loss", "floor", "distance to the floor", "perplexity", "bits per byte")
-    rows = [row for row in report.rows() if row[0] in (*names, "answers, all")]
+    rows = measured_rows(result, seq_len)
 
     # How fast was the training, compared with what this machine can do?
+    note("measuring the speed of this machine")
     progress = result.progress
     device = next(result.model.parameters()).device
     peak = measure_matmul_peak(device, config.train.precision) / 1e9
@@ -348,10 +366,7 @@ def run_pretrain(config: PretrainConfig, block: type[Block]) -> None:
     speed = 1e-9 * flops / max(progress.train_seconds, 1e-9)
     share = f"{speed / peak:.0%} of the {peak:,.0f} GFLOP/s of a large matrix product"
 
-    size = sum(weight.numel() for weight in result.model.parameters())
-    rows.append(("parameters", f"{size:,}"))
-    rows.append(("tokens", f"{progress.tokens:,} in {progress.step:,} steps"))
-    rows.append(("time", as_minutes(progress.elapsed)))
+    rows += size_and_time(result)
     rows.append(("speed", f"{speed:,.1f} GFLOP/s"))
     rows.append(("MFU", share))
     print(table(rows))
@@ -411,6 +426,18 @@ def run_dpo(config: DPOConfig, block: type[Block]) -> None:
 def run_grpo(config: GRPOConfig, block: type[Block]) -> None:
     """Tune a run on rewards."""
     tune(config, block, grpo, "sft")
+
+
+def run_distill(config: DistillConfig, block: type[Block]) -> None:
+    """Train a run further with the help of a larger one, and measure it."""
+    require_block(find_run(config.run), block)
+    require_block(find_run(config.teacher, flag="teacher"), block)
+    note(f"opening {config.run}; teacher: {config.teacher}; run: {config.out}")
+    note_warmup(config.train)
+    with block_errors(block):
+        result = distill(config, block)
+    print(table(measured_rows(result, config.data.seq_len) + size_and_time(result)))
+    print_next("generate", result.out, block)
 
 # %% ../nbs/68_commands.ipynb #804882b8
 @dataclass
@@ -820,6 +847,13 @@ COMMANDS: dict[str, Command] = {
         GRPOConfig,
         run_grpo,
         "Tune a run on rewards of its own replies; --reward NAME, or module:function of your own.",
+        values_of_recipe,
+        (_OWN_RECIPE,),
+    ),
+    "distill": Command(
+        DistillConfig,
+        run_distill,
+        "Train a run further on what a larger one, --teacher RUN, predicts or writes.",
         values_of_recipe,
         (_OWN_RECIPE,),
     ),

@@ -4,28 +4,30 @@
 
 # %% auto #0
 __all__ = ['DIVERGENCES', 'WAYS', 'forward_kl', 'reverse_kl', 'batch_divergence', 'write_stories', 'continue_rows',
-           'DistillConfig', 'DistillStage', 'check_tokens', 'read_texts', 'make_distill_stage', 'distill']
+           'DistillConfig', 'DistillStage', 'check_tokens', 'WrittenTexts', 'written_texts', 'make_distill_stage',
+           'distill']
 
 # %% ../nbs/59_distill.ipynb #85be9131
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .basics import FieldError, check_fields
 from .chat_template import Tokenizer
-from .data import Batches, write_tokens
+from .data import Batches, TokenSource
 from .dpo import stack_rows
 from .engine import Engine, choose_device, join_processes
-from .generate import SamplingConfig, evaluation_mode
+from .files import DataConfig
+from .generate import SamplingConfig
 from .model import IGNORE_INDEX, Block, TinyLM, shift_labels
-from .pretrain import PretrainStage, Result, run_stage
+from .pretrain import Hook, PretrainStage, Result, TrainConfig, run_stage
 from .rollouts import sample_groups
 from .runs import open_run
-from .sft import TuneConfig
 from .token_cache import Prepared, prepare, tokenizer_mark
 
 # %% ../nbs/59_distill.ipynb #82972bce
@@ -92,14 +94,13 @@ def continue_rows(
     batch: dict[str, Tensor],  # packed rows of whole texts, (B, T)
     length: int,  # most tokens that it writes
     end_id: int,  # the token that ends a text
-    seed: tuple[int, ...],  # of the noise
+    seeds: list[int],  # of the noise, one for each row
 ) -> dict[str, Tensor]:  # input_ids, labels: only what it wrote has labels
     """Let a model continue the first half of the first text of each row."""
     prompts = []
     for row, document_ids in zip(batch["input_ids"], batch["document_ids"], strict=True):
         tokens = int((document_ids == 0).sum())
         prompts.append(row[: max(1, tokens // 2)].tolist())
-    seeds = np.random.SeedSequence(seed).generate_state(len(prompts)).tolist()
     groups = sample_groups(student, prompts, 1, SamplingConfig(length), [end_id], seeds)
 
     # Rows of a prompt and what was written after it.
@@ -117,18 +118,35 @@ WAYS = {
 }
 
 
+_further_training = partial(
+    TrainConfig,
+    1000,
+    learning_rate=0.005,
+    muon_learning_rate=0.006,
+    optimizer="muon",
+    batch_size=8,
+    eval_interval=250,
+    sample_interval=500,
+)
+_new_stories = partial(DataConfig, stories=30_000, seed=1)
+
+
 @dataclass
-class DistillConfig(TuneConfig):
+class DistillConfig:
     """The whole recipe of a distillation."""
 
-    run: str = "runs/student"  # folder of the run to start from
-    out: str = "runs/distill"  # folder of the new run
+    run: str = "runs/student"  # folder of the run, or of a checkpoint, that is trained further
     teacher: str = "runs/default"  # folder of the larger run
-    way: str = "forward"  # a name in `WAYS`
-    teacher_stories: int = 1000  # how many the teacher writes, if the student learns from them
-    written_tokens: int = 48  # most tokens that the student writes in a row
+    way: str = "forward"  # "data", "samples", "forward" or "reverse"
+    teacher_stories: int = 1000  # how many the teacher writes, with "samples"
+    written_tokens: int = 48  # most tokens that the student writes in a row, with "reverse"
+    data: DataConfig = field(default_factory=_new_stories)  # tokenizer "bpe": that of the run
+    train: TrainConfig = field(default_factory=_further_training)  # how it is trained
+    out: str = "runs/distill"  # folder of the new run
+    resume: bool = False  # go on from the newest checkpoint of the folder, if there is one
+    overwrite: bool = False  # delete the run that is in the folder
 
-    command = ""  # it has none: it is started from Python
+    command = "distill"  # of the command line
 
     def __post_init__(self) -> None:
         rules: dict[str, tuple[object, str]] = {
@@ -146,6 +164,8 @@ class DistillStage(PretrainStage):
     teacher: TinyLM | None = None  # None: learn from the texts alone
     direction: str = "forward"  # a name in `DIVERGENCES`
     written_tokens: int = 0  # most tokens that the student writes in a row; 0: it writes none
+    rank: int = 0  # this process
+    world_size: int = 1  # number of processes
 
     def begin(self, engine: Engine) -> None:
         """Note whether the batches come from the student."""
@@ -159,8 +179,11 @@ class DistillStage(PretrainStage):
             return batch
         assert self.tokenizer is not None
         end_id = self.tokenizer.eos_token_id
-        seed = (self.config.seed, step)
-        return continue_rows(self.model, batch, self.written_tokens, end_id, seed)
+
+        # Each row has a seed of its own, whichever process continues it.
+        sequence = np.random.SeedSequence((self.config.seed, step))
+        seeds = sequence.generate_state(self.config.batch_size)[self.rank :: self.world_size]
+        return continue_rows(self.model, batch, self.written_tokens, end_id, seeds.tolist())
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Compute the divergence from the teacher; in a validation the usual loss."""
@@ -186,27 +209,39 @@ def check_tokens(
             raise FieldError(name, value, remedy)
 
 
-def read_texts(
-    config: DistillConfig,  # the recipe
-    teacher: TinyLM,  # writes, if the student learns from its texts
-    prepared: Prepared,  # the data
-) -> Batches:
-    """Return the rows that the student trains on."""
-    tokens = prepared.train
-    seq_len = config.data.seq_len
-    if config.way == "samples":
-        tokenizer = prepared.tokenizer
-        first_and_last = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        sizes = (config.teacher_stories, seq_len)
-        stories = write_stories(teacher, *first_and_last, *sizes, config.train.seed)
-        if not stories:
-            remedy = "the teacher finished no story of so many tokens; give more"
-            raise FieldError("data.seq_len", seq_len, remedy)
+@dataclass
+class WrittenTexts:
+    """Texts in memory, in the form that `Batches` reads."""
 
-        # They lie beside the run, as a file of tokens.
-        folder = Path(config.out + "-stories")
-        tokens = write_tokens(stories, folder, len(tokenizer), tokenizer.pad_token_id)
-    return Batches(tokens, seq_len, config.train.batch_size, seed=config.data.seed)
+    ids: np.ndarray  # (tokens,) of all texts
+    offsets: np.ndarray  # (texts + 1,): where each text begins, and the end
+    meta: dict  # has `pad_token_id`
+
+
+def written_texts(
+    config: DistillConfig,  # the recipe
+    teacher: TinyLM,  # writes
+    tokenizer: Tokenizer,  # of the teacher
+    rank: int,  # this process
+    world_size: int,  # number of processes
+) -> WrittenTexts:
+    """Let the teacher write what the student learns from; all processes get the same texts."""
+    texts: list[list[int]] = []
+    if rank == 0:
+        first_and_last = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        sizes = (config.teacher_stories, config.data.seq_len)
+        texts = write_stories(teacher, *first_and_last, *sizes, config.train.seed)
+    if world_size > 1:
+        box = [texts]
+        dist.broadcast_object_list(box)
+        texts = box[0]
+    if not texts:
+        remedy = "the teacher finished no story of so many tokens; give more"
+        raise FieldError("data.seq_len", config.data.seq_len, remedy)
+
+    # One row of tokens, and where each text begins in it.
+    offsets = np.cumsum([0, *map(len, texts)])
+    return WrittenTexts(np.concatenate(texts), offsets, {"pad_token_id": tokenizer.pad_token_id})
 
 # %% ../nbs/59_distill.ipynb #4d5c801b
 def make_distill_stage(
@@ -215,37 +250,51 @@ def make_distill_stage(
 ) -> DistillStage:
     """Open student, teacher and data."""
     device = choose_device(config.train.device)
-    if join_processes(device)[1] > 1:
-        raise ValueError("distillation runs in one process; start it without torchrun")
+    rank, world_size = join_processes(device)
     student, tokenizer = open_run(config.run, block)
     teacher, of_teacher = open_run(config.teacher, block)
-    prepared = prepare(config.data)
+
+    # The student goes on in its own tokens, unless others are named.
+    data = config.data
+    if data.tokenizer == DataConfig.tokenizer:
+        data = replace(data, tokenizer=config.run)
+    prepared = prepare(data)
     check_tokens(config, tokenizer, of_teacher, prepared.tokenizer)
 
-    # The teacher is only read.
-    teacher = teacher.to(device).requires_grad_(False)
-    with evaluation_mode(teacher):
-        source = read_texts(config, teacher, prepared)
+    # The teacher is only read; its texts replace those of the data, if the student wants them.
+    teacher = teacher.to(device).requires_grad_(False).eval()
+    source: TokenSource = prepared.train
+    if config.way == "samples":
+        source = written_texts(config, teacher, tokenizer, rank, world_size)
 
     # A validation reads all texts that are kept for it, in the same order each time.
-    rows = (config.data.seq_len, config.train.batch_size)
+    rows = partial(
+        Batches,
+        seq_len=data.seq_len,
+        batch_size=config.train.batch_size,
+        rank=rank,
+        world_size=world_size,
+    )
     return DistillStage(
         model=student,
         tokenizer=tokenizer,
         config=config.train,
-        source=source,
-        validation=Batches(prepared.validation, *rows, shuffle=False),
+        source=rows(source, seed=data.seed),
+        validation=rows(prepared.validation, shuffle=False),
         floor=prepared.meta["validation"]["floor"],
         prepared=prepared,
         teacher=teacher if config.way in DIVERGENCES else None,
         direction=config.way,
         written_tokens=config.written_tokens if config.way == "reverse" else 0,
+        rank=rank,
+        world_size=world_size,
     )
 
 
 def distill(
     config: DistillConfig,  # the whole recipe
     block: type[Block] = Block,  # what the layers of both models are made of
+    hooks: Iterable[Hook] = (),  # your own code in the loop
 ) -> Result:
     """Train a model further, with the help of a larger one; leave a run of its own."""
-    return run_stage(config, lambda config: make_distill_stage(config, block))
+    return run_stage(config, lambda config: make_distill_stage(config, block), hooks)

@@ -206,25 +206,33 @@ def command_of(folder: Path, usual: str = "pretrain") -> str:
         fields = read_fields(folder / "config.yaml")
         if "num_generations" in fields:
             return "grpo"
+        if "teacher" in fields:
+            return "distill"
         if "beta" in fields:
             return "dpo"
         return "sft" if "run" in fields else "pretrain"
-    return folder.name if folder.name in ("sft", "dpo", "grpo") else usual
+    return folder.name if folder.name in ("sft", "dpo", "grpo", "distill") else usual
 
 
-def find_run(run: str | None, usual: str = "pretrain") -> Path:
-    """Return the folder of a run, or a checkpoint; `usual` is the command that makes such a run."""
+def find_run(
+    run: str | None,  # its folder, or a checkpoint; None: that of the default recipe
+    usual: str = "pretrain",  # the command that makes such a run
+    flag: str = "run",  # which names it
+) -> Path:
+    """Return the folder of a run or of a checkpoint; raise if it is missing or not finished."""
     folder = Path(run or "runs/default")
     command = f"tinylm {command_of(folder, usual)} --out {folder}"
     if not folder.exists():
-        raise ValueError(f"run='{folder}' does not exist; `{command}` makes it, or give --run")
+        raise ValueError(
+            f"{flag}='{folder}' does not exist; `{command}` makes it, or give --{flag}"
+        )
 
     # An adapter needs its base, and a run that was stopped has no model yet.
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         remedy = "give the run that it was trained in"
-        raise ValueError(f"run='{folder}' is an adapter without its base; {remedy}")
+        raise ValueError(f"{flag}='{folder}' is an adapter without its base; {remedy}")
     if (folder / "checkpoints").is_dir() and not (folder / "model.safetensors").exists():
-        raise ValueError(f"run='{folder}' is not finished; `{command} --resume` goes on")
+        raise ValueError(f"{flag}='{folder}' is not finished; `{command} --resume` goes on")
     return folder
 
 # %% ../nbs/61_recipes.ipynb #900aba33

@@ -461,8 +461,9 @@ def with_full_paths(config: Recipe) -> Recipe:
 
     data = replace(config.data, path=full(config.data.path), tokenizer=full(config.data.tokenizer))
     config = replace(config, data=data)
-    if hasattr(config, "run"):
-        config = replace(config, run=full(config.run))
+    for name in ("run", "teacher"):
+        if hasattr(config, name):
+            config = replace(config, **{name: full(getattr(config, name))})
     return config
 
 
