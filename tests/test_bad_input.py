@@ -342,5 +342,5 @@ def test_a_device_that_is_absent_gets_one_line(place, command, device, capsys, m
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert main(shlex.split(f"{command} {device}")) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert f"device='{device}': give cpu or auto" in line and "PyTorch sees no GPU here" in line
+    assert f"device='{device}': PyTorch sees no GPU here; give cpu or auto" in line
     assert not Path("new").exists()

@@ -199,6 +199,18 @@ def test_readme_command(place, command):
         assert done.stdout.count("next:") == 1, "only the first process prints"
 
 
+def test_a_short_model_is_asked_only_what_it_has_positions_for(place, capsys):
+    few = "--data.seq-len 128 --data.stories 200 --data.validation-stories 20 --overwrite"
+    few += " --train.max-steps 2 --train.batch-size 4"
+    shape = "--model.hidden-size 32 --model.max-position-embeddings 128"
+    assert call(f"pretrain {shape} {few} --out runs/short") == 0
+    capsys.readouterr()
+    assert call(f"sft --run runs/short {few} --out runs/short-sft") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^not asked +[1-9]\d* questions too long for 128 positions$", printed, re.M)
+    assert re.search(r"^right replies +\S+ of [1-9]", printed, re.M)
+
+
 def test_the_run_is_complete(place):
     names = {path.name for path in (place / "runs" / "default").iterdir()}
     expected = "config.yaml config.json tokenizer.json model.safetensors metrics.jsonl loss.png"

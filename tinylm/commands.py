@@ -6,11 +6,12 @@
 __all__ = ['COMMANDS', 'import_block', 'block_errors', 'check_block', 'require_block', 'open_model', 'Origin', 'read_config',
            'beside_run', 'trained_from', 'pretrained_by', 'table', 'usual_values', 'values_of_recipe',
            'is_first_process', 'print_next', 'as_minutes', 'note_warmup', 'note_machine', 'measured_rows',
-           'size_and_time', 'run_pretrain', 'tune', 'run_sft', 'run_dpo', 'run_grpo', 'run_distill', 'GenerateConfig',
-           'run_generate', 'ChatConfig', 'run_chat', 'default_text', 'EvaluateConfig', 'text_of_run', 'measure_run',
-           'run_evaluate', 'InfoConfig', 'describe', 'default_info', 'values_to_show', 'run_info', 'ExportConfig',
-           'write_quantized', 'check_family', 'run_export', 'values_of_search', 'run_sweep', 'SpeedrunConfig',
-           'print_and_start', 'run_speedrun', 'run_exercises', 'Command', 'flags_of', 'class_defaults', 'start']
+           'size_and_time', 'run_pretrain', 'ask_about_stories', 'tune', 'run_sft', 'run_dpo', 'run_grpo',
+           'run_distill', 'GenerateConfig', 'run_generate', 'ChatConfig', 'run_chat', 'default_text', 'EvaluateConfig',
+           'text_of_run', 'measure_run', 'run_evaluate', 'InfoConfig', 'describe', 'default_info', 'values_to_show',
+           'run_info', 'ExportConfig', 'write_quantized', 'check_family', 'run_export', 'values_of_search', 'run_sweep',
+           'SpeedrunConfig', 'print_and_start', 'run_speedrun', 'run_exercises', 'Command', 'flags_of',
+           'class_defaults', 'start']
 
 # %% ../nbs/68_commands.ipynb #cfecbfbe
 import inspect
@@ -72,7 +73,7 @@ from tinylm.recipes import (
     recipe_values,
     spell_values,
 )
-from .report import Report, compare, evaluate, write_reports
+from .report import Report, compare, evaluate, fits_in_context, write_reports
 from .runs import Recipe, check_run, check_writable
 from .sft import SFTConfig, sft
 from .talk import Chat, converse
@@ -374,6 +375,28 @@ def run_pretrain(config: PretrainConfig, block: type[Block]) -> None:
     print_next("generate", result.out, block, f" --prompt {shlex.quote(prompt)}" if prompt else "")
 
 # %% ../nbs/68_commands.ipynb #5ffe933e
+def ask_about_stories(
+    model: TinyLM,  # a chat model
+    tokenizer: Tokenizer,  # the model's
+    size: int,  # how many stories
+) -> list[tuple[str, str]]:
+    """Ask a chat model about unseen stories, as far as it has positions for them."""
+    stories = make_corpus(size, 0, "heldout", details=True)
+    asked = [question for story in stories for question in story.questions]
+    questions = [q for q in asked if fits_in_context(model, tokenizer, q.prompt, extra=48)]
+    left_out = len(asked) - len(questions)
+    rows = []
+    if questions:
+        scores, words = chat(model, tokenizer, questions)
+        rows.append(("right replies", str(scores["all"])))
+        rows.append(("to the point", str(scores["to the point"])))
+        rows.append(("words in a reply", f"{words:.1f}"))
+    if left_out:
+        positions = model.config.max_position_embeddings
+        rows.append(("not asked", f"{left_out} questions too long for {positions} positions"))
+    return rows
+
+
 def tune(
     config: Recipe,  # an SFTConfig, a DPOConfig or a GRPOConfig
     block: type[Block],  # what the model is made of
@@ -395,12 +418,7 @@ def tune(
     if config.data.path is None:
         note("asking questions about unseen stories")
         size = min(100, config.data.validation_stories)
-        stories = make_corpus(size, 0, "heldout", details=True)
-        questions = [question for story in stories for question in story.questions]
-        scores, words = chat(result.model, result.prepared.tokenizer, questions)
-        rows.append(("right replies", str(scores["all"])))
-        rows.append(("to the point", str(scores["to the point"])))
-        rows.append(("words in a reply", f"{words:.1f}"))
+        rows += ask_about_stories(result.model, result.prepared.tokenizer, size)
 
     # What was trained, and how long it took.
     weights = list(result.model.parameters())

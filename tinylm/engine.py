@@ -92,9 +92,9 @@ def choose_device(name: str) -> torch.device:
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if name not in ("auto", "cpu") and not has.get(name):
-        gpus = [gpu for gpu, is_available in has.items() if is_available]
-        here = f"PyTorch sees {' and '.join(gpus) or 'no GPU'} here"
-        raise FieldError("device", name, f"give cpu or auto, or {' or '.join(has)} ({here})")
+        usable = ["cpu", "auto", *(gpu for gpu, is_available in has.items() if is_available)]
+        here = f"PyTorch sees {' and '.join(usable[2:]) or 'no GPU'} here"
+        raise FieldError("device", name, f"{here}; give {' or '.join(usable)}")
     if name == "mps" and not is_alone:
         raise FieldError("device", name, "it works with one process only; give cpu for several")
 
