@@ -38,8 +38,9 @@ RECIPE = read_recipe("default")  # of the student
 FIRST_STEPS = 400  # of the student, before the ways part
 
 # Steps and rows of each way, so many that all take about the same processor time.
-STEPS = {"data": 500, "samples": 330, "forward": 265, "reverse": 70}
+STEPS = {"data": 1370, "samples": 690, "forward": 555, "reverse": 160}
 ROWS = {"reverse": 32}
+TEACHER_STORIES = 1400
 
 
 def settings(
@@ -84,7 +85,7 @@ def run_seed(
     """Train a student, then each way that is missing."""
     # Stories that the teacher did not see, in its tokens; the ways do not repeat the first ones.
     data = DataConfig(tokenizer=teacher, stories=6000, validation_stories=200, seed=1 + 2 * seed)
-    further = replace(data, stories=9000, seed=2 + 2 * seed)
+    further = replace(data, stories=30_000, seed=2 + 2 * seed)
     with tempfile.TemporaryDirectory() as folder:
         start = f"{folder}/start"
         train = replace(settings(round(FIRST_STEPS * scale), 8, seed), decay_fraction=0.01)
@@ -108,7 +109,7 @@ def run_seed(
                 train=settings(steps, ROWS.get(way, 8), seed),
                 out=f"{folder}/{way}",
                 way=way,
-                teacher_stories=600,
+                teacher_stories=TEACHER_STORIES,
             )
             begin = time.process_time()
             with contextlib.redirect_stdout(io.StringIO()):
