@@ -263,13 +263,13 @@ class Arm(NamedTuple):
 
 ARMS = {
     "sft": Arm(partial(train_sft, habit=0.8, rate=1e-3), 1000),
-    "sft on chosen answers": Arm(train_on_chosen, 500),
+    "sft on chosen answers": Arm(train_on_chosen, 1000),
     "rejection sampling": Arm(train_on_right, 900),
-    "dpo": Arm(train_dpo, 250),
-    "dpo on own samples": Arm(train_on_own_pairs, 250),
+    "dpo": Arm(train_dpo, 300),
+    "dpo on own samples": Arm(train_on_own_pairs, 350),
     "grpo": Arm(train_grpo, 150),
-    "coin": Arm(partial(train_grpo, reward="coin"), 25),
-    "mentions": Arm(partial(train_grpo, reward="mentions", max_completion_length=24), 50),
+    "coin": Arm(partial(train_grpo, reward="coin"), 75),
+    "mentions": Arm(partial(train_grpo, reward="mentions", max_completion_length=24), 75),
 }
 
 
