@@ -454,6 +454,8 @@ def run_distill(config: DistillConfig, block: type[Block]) -> None:
     note_warmup(config.train)
     with block_errors(block):
         result = distill(config, block)
+    if not is_first_process():
+        return
     print(table(measured_rows(result, config.data.seq_len) + size_and_time(result)))
     print_next("generate", result.out, block)
 

@@ -28,7 +28,7 @@ from .model import IGNORE_INDEX, Block, TinyLM, shift_labels
 from .pretrain import Hook, PretrainStage, Result, TrainConfig, run_stage
 from .rollouts import sample_groups
 from .runs import open_run
-from .token_cache import prepare, tokenizer_mark
+from .token_cache import Prepared, prepare, tokenizer_mark
 
 # %% ../nbs/59_distill.ipynb #82972bce
 def forward_kl(
