@@ -16,6 +16,7 @@ import io
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -24,13 +25,13 @@ import torch
 from record import RESULTS, commit, interval, machine
 
 import tinylm.shortconv  # noqa: F401  (adds its kind of layer)
-from tinylm.corpus import make_corpus
 from tinylm.distill import WAYS, DistillConfig, distill
-from tinylm.evaluate import distance_to_floor, exact_match
+from tinylm.evaluate import distance_to_floor
 from tinylm.files import DataConfig
 from tinylm.model import TinyLM
-from tinylm.pretrain import PretrainConfig, Result, TrainConfig, pretrain
+from tinylm.pretrain import PretrainConfig, TrainConfig, pretrain
 from tinylm.recipes import read_recipe
+from tinylm.report import evaluate
 from tinylm.runs import open_run
 from tinylm.token_cache import prepare
 
@@ -38,9 +39,9 @@ RECIPE = read_recipe("default")  # of the student
 FIRST_STEPS = 400  # of the student, before the ways part
 
 # Steps and rows of each way, so many that all take about the same processor time.
-STEPS = {"data": 1370, "samples": 690, "forward": 555, "reverse": 160}
+STEPS = {"data": 1370, "samples": 200, "forward": 555, "reverse": 160}
 ROWS = {"reverse": 32}
-TEACHER_STORIES = 1400
+TEACHER_STORIES = 2300
 
 
 def settings(
@@ -62,17 +63,14 @@ def settings(
     )
 
 
-def measure(result: Result) -> dict[str, float]:
+def measure(model: TinyLM, data: DataConfig) -> dict[str, float]:
     """Return the distance to the floor, and how many questions are answered right."""
-    assert result.floor is not None
-    tokenizer = result.prepared.tokenizer
-    stories = make_corpus(100, 0, "heldout", details=True)
-    questions = [question for story in stories for question in story.questions]
-    right = exact_match(result.model, tokenizer, questions)["all"]
-    distance = distance_to_floor(result.validation_loss, result.floor)
+    report = evaluate(model, prepare(data), data.seq_len, as_chats=False)
+    assert report.floor is not None
+    distance = distance_to_floor(report.loss, report.floor)
     return {
         "distance_to_the_floor_percent": round(100 * distance, 2),
-        "questions_right_percent": round(100 * right.share, 2),
+        "questions_right_percent": round(100 * report.exact_match["all"].share, 2),
     }
 
 
@@ -81,6 +79,7 @@ def run_seed(
     seed: int,  # of weights, order and noise
     figures: dict,  # of all ways; is filled
     scale: float,  # factor of all steps
+    save: Callable[[], None],  # is called after each way
 ) -> None:
     """Train a student, then each way that is missing."""
     # Stories that the teacher did not see, in its tokens; the ways do not repeat the first ones.
@@ -94,7 +93,7 @@ def run_seed(
         prepare(further)
         with contextlib.redirect_stdout(io.StringIO()):
             first = pretrain(config)
-        figures.setdefault("start", {})[str(seed)] = measure(first)
+        figures.setdefault("start", {})[str(seed)] = measure(first.model, data)
         for way in WAYS:
             by_seed = figures.setdefault(way, {})
             if str(seed) in by_seed:
@@ -115,9 +114,10 @@ def run_seed(
             with contextlib.redirect_stdout(io.StringIO()):
                 result = distill(recipe)
             seconds = time.process_time() - begin
-            by_seed[str(seed)] = measure(result)
+            by_seed[str(seed)] = measure(result.model, further)
             by_seed[str(seed)] |= {"steps": steps, "cpu_seconds": round(seconds, 1)}
             print(way, seed, by_seed[str(seed)], flush=True)
+            save()
 
 
 def parameters(model: TinyLM) -> int:
@@ -143,7 +143,7 @@ def summarize(figures: dict) -> dict:
 
 
 def main() -> None:
-    """Run what is missing, and write the file after each seed."""
+    """Run what is missing, and write the file after each way."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", required=True, help="run of `tinylm pretrain`")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -158,9 +158,11 @@ def main() -> None:
         figures = json.loads(args.out.read_text("utf-8"))["figures"]["by_seed"]
     teacher, tokenizer = open_run(args.teacher)
     student = TinyLM(replace(RECIPE.model, vocab_size=len(tokenizer)))
+    validation = DataConfig(tokenizer=args.teacher, stories=100, validation_stories=1000)
+    teacher_figures = measure(teacher, validation)
     scale = "" if args.scale == 1 else f" --scale {args.scale:g}"
-    for seed in args.seeds:
-        run_seed(args.teacher, seed, figures, args.scale)
+
+    def save() -> None:
         entry = {
             "command": f"python benchmarks/distill.py --teacher runs/teacher{scale}",
             "commit": commit(),
@@ -169,11 +171,15 @@ def main() -> None:
             "seeds": sorted(int(s) for s in figures["data"]),
             "figures": {
                 "parameters": {"teacher": parameters(teacher), "student": parameters(student)},
+                "teacher": teacher_figures,
                 "over_seeds": summarize(figures),
                 "by_seed": figures,
             },
         }
         args.out.write_text(json.dumps(entry, indent=1) + "\n", "utf-8")
+
+    for seed in args.seeds:
+        run_seed(args.teacher, seed, figures, args.scale, save)
 
 
 if __name__ == "__main__":
