@@ -426,7 +426,7 @@ WRONG_REWARDS = [
     ("exakt", "reward='exakt': give one of exact, one_sentence"),
     ("no_such_module:f", "reward='no_such_module:f': cannot be imported .ModuleNotFoundError"),
     (f"{__name__}:no_such_function", "cannot be imported .AttributeError"),
-    (f"{__name__}:one_parameter", "cannot be called with two; write a function with two"),
+    (f"{__name__}:one_parameter", "does not take two arguments; write a function with two"),
     (f"{__name__}:no_number", r"returned \[1.0, 2.0\] for the reply .*; return one finite number"),
     (f"{__name__}:not_finite", "returned nan for the reply .*; return one finite number"),
     (f"{__name__}:broken", "failed for the reply .*ZeroDivisionError"),

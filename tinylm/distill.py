@@ -28,7 +28,7 @@ from .model import IGNORE_INDEX, Block, TinyLM, shift_labels
 from .pretrain import Hook, PretrainStage, Result, TrainConfig, run_stage
 from .rollouts import sample_groups
 from .runs import open_run
-from .token_cache import Prepared, prepare, tokenizer_mark
+from .token_cache import prepare, tokenizer_mark
 
 # %% ../nbs/59_distill.ipynb #82972bce
 def forward_kl(
@@ -261,7 +261,7 @@ def make_distill_stage(
     prepared = prepare(data)
     check_tokens(config, tokenizer, of_teacher, prepared.tokenizer)
 
-    # The teacher is only read; its texts replace those of the data, if the student wants them.
+    # The teacher does not learn. With the way "samples" its texts replace those of the data.
     teacher = teacher.to(device).requires_grad_(False).eval()
     source: TokenSource = prepared.train
     if config.way == "samples":

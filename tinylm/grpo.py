@@ -59,7 +59,7 @@ REFERENCES = {"copy": copy_reference, "adapter": adapter_reference}
 
 _reward_training = partial(
     TrainConfig,
-    200,
+    200,  # max_steps
     optimizer="adamw",
     learning_rate=2e-4,
     batch_size=128,
@@ -88,8 +88,8 @@ class GRPOConfig(TuneConfig):
     num_iterations: int = 1  # steps that use the same replies
     max_completion_length: int = 24  # most tokens of a reply
     temperature: float = 1.0  # of sampling
-    epsilon: float = 0.2  # a token's ratio counts down to 1 - epsilon
-    epsilon_high: float = 0.28  # and up to 1 + epsilon_high
+    epsilon: float = 0.2  # lower bound of a token's ratio: 1 - epsilon
+    epsilon_high: float = 0.28  # its upper bound: 1 + epsilon_high
     beta: float = 0.0  # weight of the KL divergence to the reference; 0: none
     kl: str = "k3_weighted"  # its estimator: "k1", "k2", "k3", "k3_weighted"
     reference: str = "copy"  # "copy", or "adapter" (the model without it)
@@ -359,6 +359,7 @@ class RewardLog:
 
         self.seconds += seconds
         self.sums["rollouts"] = self.sums.get("rollouts", 0) + sums
+        # sums[2] is the number of groups, sums[5] that of groups without spread.
         self.even_steps = self.even_steps + 1 if sums[2] == sums[5] else 0
 
     @torch.no_grad()

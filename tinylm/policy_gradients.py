@@ -66,8 +66,8 @@ class PolicySettings(Protocol):
     """The fields of a `GRPOConfig` that a loss reads."""
 
     loss: str  # a name in `LOSSES`
-    epsilon: float  # a ratio counts down to 1 - epsilon
-    epsilon_high: float  # and up to 1 + epsilon_high
+    epsilon: float  # lower bound of the importance ratio: 1 - epsilon
+    epsilon_high: float  # upper bound of the importance ratio: 1 + epsilon_high
     max_completion_length: int  # most tokens of a reply
     beta: float  # weight of the KL divergence
     kl: str  # a name in `KL_ESTIMATORS`

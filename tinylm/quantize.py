@@ -52,7 +52,7 @@ def choose_grid(weight: Tensor, scheme: Scheme) -> Grid:
     """Choose the grids of the groups of a matrix, from the weights at their ends."""
     groups = weight.float().unflatten(1, (-1, scheme.group_size or weight.shape[1]))
     half = 2 ** (scheme.bits - 1)
-    if scheme.bits == 8:  # the products below know no offset with 8 bits
+    if scheme.bits == 8:  # the fast product for 8 bits, used below, has no offset
         scales = groups.abs().amax(-1) / (half - 1)
         offsets = torch.zeros_like(scales)
     else:

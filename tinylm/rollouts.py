@@ -53,7 +53,8 @@ def token_logps(
     targets = shift_labels(unique_labels)
     has_label = targets != IGNORE_INDEX
 
-    # Logits are linear in the hidden vectors, so these can be divided instead.
+    # Dividing the hidden vectors divides the logits, because the last layer is linear.
+    # A softcap (notebook 11) limits the logits, so the limit is divided too.
     hidden = model.model(unique_ids)[has_label] / temperature
     softcap = model.config.final_logit_softcapping
     if softcap is not None:
@@ -103,7 +104,8 @@ def sample_groups(
             if finished.all() or len(steps) == len(noise):
                 break
 
-            # Replies that still agree share a row, the others part; finished ones need none.
+            # Replies that still agree share a row, the others get rows of their own. Finished
+            # replies point to row 0; what they draw there is cut off at the end.
             beginnings = torch.stack([row_of_reply, tokens], 1)[~finished]
             rows, numbers = torch.unique(beginnings, dim=0, return_inverse=True)
             old_rows, new_tokens = rows.split(1, dim=1)
@@ -115,10 +117,10 @@ def sample_groups(
 
 # %% ../nbs/54_rollouts.ipynb #47ae7195
 def _split_into_replies(
-    steps: list[tuple[Tensor, Tensor, Tensor, Tensor]],  # of each step, (N * G,) each
+    steps: list[tuple[Tensor, Tensor, Tensor, Tensor]],  # of each step, (N * G,) tensors
     count: int,  # G, replies in a group
 ) -> list[list[Reply]]:
-    """Turn columns (tokens, log-probabilities, entropies, is it still going on) into replies."""
+    """Turn what was kept of each step into replies, and these into groups."""
     columns = [torch.stack(column, 1).tolist() for column in zip(*steps)]
     replies = []
     for ids, logps, entropies, is_part in zip(*columns):
@@ -225,7 +227,7 @@ def load_reward(name: str) -> Reward:
         inspect.signature(reward).bind(None, "")
     except TypeError as error:
         wanted = "write a function with two parameters: (question, reply) -> float"
-        raise FieldError("reward", name, f"cannot be called with two; {wanted}") from error
+        raise FieldError("reward", name, f"does not take two arguments; {wanted}") from error
     return reward
 
 # %% ../nbs/54_rollouts.ipynb #67e32464
@@ -277,7 +279,7 @@ def story_questions(story: Story) -> list[ScoredQuestion]:
     """Return the questions of a story; each is told with the story, and has one right answer."""
     questions = []
     for question in story.questions:
-        # What people in the story ask each other cannot be asked by the user.
+        # A quote after the question mark: a person in the story asks this, not the user.
         if '"' in question.prompt.rpartition("?")[2]:
             continue
         text, right, _ = as_chat(question)

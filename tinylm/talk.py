@@ -79,7 +79,7 @@ class Chat:
             if answer or is_complete:
                 self.messages = [*messages, {"role": "assistant", "content": answer}]
 
-        # An answer that was cut at the end of the context gets a note.
+        # If the context left less room than `max_new_tokens`, the answer may be cut: add a note.
         if room < self.config.max_new_tokens:
             remedy = "/save FILE keeps the conversation, /reset begins a new one"
             yield f"\n(there was room for {room} tokens only; {remedy})"
@@ -144,7 +144,8 @@ def converse(talk: Chat, name: str) -> None:
         print(f"This is {name}. Type a message, or {commands}.")
         print("Ctrl-C stops an answer.")
 
-    # Ctrl-C ends an answer, and nothing else.
+    # Ctrl-C ends an answer, and nothing else. `closing` ends the generator then, so that
+    # `reply` adds the part that was written.
     for line in read_lines(is_terminal):
         if line == "/exit":
             break
