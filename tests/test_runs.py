@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tinylm.cli import main
+from tinylm.runs import TRACKERS, RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "--model.hidden-size 32 --model.num-hidden-layers 1 --model.num-attention-heads 2"
@@ -180,3 +181,12 @@ def test_a_full_disk_is_one_line(place, capsys):
     )
     assert lines[0].startswith("tinylm: error: there/export")
     assert not [*(place / "there").iterdir()] and not hidden(place / "full")
+
+
+def test_a_tracker_of_ones_own_needs_no_package_of_its_name(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setitem(TRACKERS, "my own", lambda folder, settings: sent.append)
+    run = RunFolder(tmp_path, tracker="my own")
+    run.open_tracker({})
+    run.log({"step": 1, "loss": 2.0})
+    assert sent == [{"step": 1, "loss": 2.0}]

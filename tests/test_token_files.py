@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from tinylm.data import TokenFile, write_tokens
+from tinylm.files import DataConfig
+from tinylm.token_cache import cache_key
 
 DOCUMENTS = [[0, 2, 3, 0], [0, 4, 0], [0, 5, 6, 7, 0]]
 
@@ -96,3 +98,22 @@ def test_a_file_with_other_content_is_noticed(tmp_path, name, content):
     (file.folder / name).write_bytes(content)
     with pytest.raises(ValueError, match="not a complete token file"):
         TokenFile(file.folder)
+
+
+@pytest.mark.parametrize(("path", "maker"), [(None, "corpus.py"), ("text.txt", "files.py")])
+def test_cached_tokens_depend_on_the_code_that_makes_them(tmp_path, monkeypatch, path, maker):
+    (tmp_path / "text.txt").write_text("the cat")
+    config = DataConfig(path=path and str(tmp_path / path))
+    before = cache_key(config)
+    read_bytes = Path.read_bytes
+
+    # As if one line more stood in a module.
+    for name in ("data.py", maker):
+        monkeypatch.setattr(
+            Path,
+            "read_bytes",
+            lambda self, name=name: read_bytes(self) + b"#" * (self.name == name),
+        )
+        assert cache_key(config)["code"] != before["code"], name
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert cache_key(config) == before

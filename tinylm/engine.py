@@ -420,12 +420,14 @@ class Engine(LocalEngine):
         """Gather the weights for a block of code; then split up what they are now."""
         model = self.model
         self.gather()
-        yield
-        self.model = model
-        for name, part in self.parts.items():
-            p = self.plain.get_parameter(name)
-            part.detach().copy_(scattered(p.detach(), part))
-            p.data = p.new_empty(0)
+        try:
+            yield
+        finally:
+            self.model = model
+            for name, part in self.parts.items():
+                p = self.plain.get_parameter(name)
+                part.detach().copy_(scattered(p.detach(), part))
+                p.data = p.new_empty(0)
 
     def state_dict(self) -> dict:
         """Collect what the next steps depend on, without the weights; all processes call it."""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from .basics import FieldError, note, read_metrics
 from .cost import flops_per_token
-from .evaluate import T95
+from .evaluate import t95
 from .model import Block, block_name
 from .pretrain import Hook, PretrainConfig, Trainer, TrainingDiverged, pretrain
 from .recipes import build, read_recipe
@@ -43,9 +43,10 @@ def interval(values: list[float], minus: list[float] | None = None) -> tuple[flo
     squares = sum((x - fmean(group)) ** 2 for group in groups for x in group)
 
     # A single run says nothing about the spread, so its interval is infinite.
-    spread = sqrt(squares / freedom) if freedom else inf
-    t = T95[min(freedom, len(T95)) - 1]
-    width = t * spread * sqrt(sum(1 / len(group) for group in groups))
+    width = inf
+    if freedom:
+        spread = sqrt(squares / freedom)
+        width = t95(freedom) * spread * sqrt(sum(1 / len(group) for group in groups))
     mean = fmean(values) - (fmean(minus) if minus else 0.0)
     return mean, width
 

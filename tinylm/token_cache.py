@@ -163,10 +163,10 @@ def _short_hash(content: bytes) -> str:
 
 def cache_key(config: DataConfig) -> dict:
     """Collect all that decides the tokens: code, local files, and fields of the config."""
-    # The source code of the tokenizer, and of the stories where they are used.
+    # The source code of the tokenizer and of the files of tokens, and what makes the texts.
     modules = [inspect.getfile(part) for part in Tokenizer.__mro__ if part is not object]
-    if config.path is None:
-        modules.append(inspect.getfile(stories))
+    modules.append(inspect.getfile(TokenFile))
+    modules.append(inspect.getfile(stories if config.path is None else load_documents))
     code = b"".join(Path(module).read_bytes() for module in modules)
 
     # Leave out the fields that do not decide the tokens.
