@@ -9,6 +9,7 @@ from torch.testing import assert_close
 import tinylm.shortconv  # noqa: F401  (adds its kinds of layers)
 from tinylm.basics import FieldError
 from tinylm.checkpoints import config_to_hf, load_model, save_model
+from tinylm.cost import count_parameters
 from tinylm.hub import to_transformers
 from tinylm.kv_cache import KVCache
 from tinylm.lora import LoraConfig, add_lora, merge_lora
@@ -164,3 +165,13 @@ def test_what_cannot_have_it_is_refused():
 
 def test_a_part_of_ones_own_goes_with_it():
     assert TinyLM(MIXED, OwnPart)(ids(2, 9)).shape == (2, 9, 50)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+@pytest.mark.parametrize("config", [MIXED, CANON, replace(MIXED, num_experts=4)])
+def test_the_count_of_parameters_contains_the_shares(config, layers):
+    kinds = config.layer_types[:1] * layers
+    config = replace(config, num_hidden_layers=layers, layer_types=kinds)
+    size = sum(weight.numel() for weight in build(config).parameters())
+    counts = count_parameters(config)
+    assert counts["total"] == size and "other" not in counts

@@ -26,6 +26,7 @@ PARTS = {
     "mlp": "mlp",
     "embed": "embedding",
     "lm_head": "lm_head",
+    "shares": "attention",  # of the values of the first layer
 }
 
 
@@ -38,13 +39,14 @@ class WeightKind(NamedTuple):
     used: float  # share of it that works for one token: less than 1 for experts
 
 
-def _layer_kinds(config: ModelConfig) -> list[tuple[str, bool]]:
-    """Return for each layer what mixes its positions, and whether it has experts."""
+def _layer_kinds(config: ModelConfig) -> list[tuple[str, bool, bool]]:
+    """Return for each layer its mixer, whether it has experts, and whether it mixes values."""
     kinds = []
     for layer_idx in range(config.num_hidden_layers):
         layer_type = config.layer_type(layer_idx)
         mixer = layer_type if layer_type in LAYER_KINDS else LAYER_TYPES[0]
-        kinds.append((mixer, config.has_experts(layer_idx)))
+        mixes_values = config.value_residual and layer_idx > 0
+        kinds.append((mixer, config.has_experts(layer_idx), mixes_values))
     return kinds
 
 
@@ -59,14 +61,14 @@ def _find_weights(config: ModelConfig, block: type[Block]) -> Iterator[WeightKin
     if block is Block:
         layers_of_kind = Counter(_layer_kinds(config))
         copies = list(layers_of_kind.values())
-        dense = [i for i, (_, has_experts) in enumerate(layers_of_kind) if not has_experts]
+        dense = [i for i, (_, has_experts, _) in enumerate(layers_of_kind) if not has_experts]
         small = replace(
             config,
             num_hidden_layers=len(copies),
             first_k_dense_replace=0,
             mlp_only_layers=tuple(dense),
             no_rope_layers=(),
-            layer_types=tuple(mixer for mixer, _ in layers_of_kind),
+            layer_types=tuple(mixer for mixer, _, _ in layers_of_kind),
             sliding_window=None,
         )
     with torch.device("meta"):
