@@ -765,7 +765,7 @@ def save_model(
     folder: str | Path,  # made if it is not there; a model that is in it is replaced
     **extra: object,  # further entries of config.json, such as eos_token_id=0
 ) -> None:
-    """Write a folder, which `transformers` opens if a family has this shape."""
+    """Write a folder, which `transformers` opens if a family stores this shape as we do."""
     from safetensors.torch import save_file
 
     if any(".parametrizations." in name for name in model.state_dict()):
