@@ -807,7 +807,7 @@ def stories(
 
 
 def make_corpus(
-    n_stories: int,  # how many; each has about 100 words
+    n_stories: int,  # how many; each has about 75 words
     seed: int = 0,  # another seed, other stories
     split: str = "train",  # as of `stories`
     details: bool = False,  # also make spans and questions
