@@ -431,7 +431,8 @@ def over_seeds(values: list[float]) -> dict:
 def summarize(arms: dict) -> dict:
     """Return mean and 95% interval over the seeds, and what each arm adds to its start."""
     summary: dict = {}
-    names = ("all", "to the point", "words", "kl", "pass@1", "pass@8", "pass@64", "cpu_seconds")
+    names = ("all", "to the point", "words", "kl", "pass@1", "pass@8", "pass@64")
+    names += ("majority of 64", "likeliest of 64", "cpu_seconds")
     for arm, by_seed in arms.items():
         seeds = sorted(by_seed)
         rows = [by_seed[seed] for seed in seeds]
