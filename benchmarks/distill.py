@@ -163,6 +163,7 @@ def main() -> None:
     scale = "" if args.scale == 1 else f" --scale {args.scale:g}"
 
     def save() -> None:
+        # All that is known so far, with where it came from.
         entry = {
             "command": f"python benchmarks/distill.py --teacher runs/teacher{scale}",
             "commit": commit(),

@@ -382,9 +382,11 @@ def ask_about_stories(
 ) -> list[tuple[str, str]]:
     """Ask a chat model about unseen stories, as far as it has positions for them."""
     stories = make_corpus(size, 0, "heldout", details=True)
-    asked = [question for story in stories for question in story.questions]
-    questions = [q for q in asked if fits_in_context(model, tokenizer, q.prompt, extra=48)]
-    left_out = len(asked) - len(questions)
+    all_questions = [question for story in stories for question in story.questions]
+
+    # A question, the marks of a chat and the reply need a position for each token.
+    questions = [q for q in all_questions if fits_in_context(model, tokenizer, q.prompt, extra=48)]
+    left_out = len(all_questions) - len(questions)
     rows = []
     if questions:
         scores, words = chat(model, tokenizer, questions)

@@ -137,7 +137,7 @@ def chat_with_answer(record: dict, side: str) -> list[dict]:
     if len(answer) > 1:
         prompt = []
     elif not prompt or isinstance(prompt, str):
-        if not (prompt or record.get("instruction")):
+        if not (prompt or record.get("instruction") or "messages" in record):
             remedy = "give prompt or messages, and chosen and rejected"
             raise ValueError(f"has {sorted(record)}; {remedy}")
         prompt = to_messages(record | {"completion": "?"})[:-1]

@@ -141,9 +141,9 @@ def validation_stories(prepared: Prepared) -> list[Story]:
 
 # %% ../nbs/45_report.ipynb #4e45rep1
 def fits_in_context(
-    model: TinyLM,
-    tokenizer: Tokenizer,
-    text: str,
+    model: TinyLM,  # whose positions are counted
+    tokenizer: Tokenizer,  # the model's
+    text: str,  # what the model reads
     extra: int,  # more tokens, such as the marks of a chat and a reply
 ) -> bool:
     """Return whether a model has positions for a text and some tokens more."""
