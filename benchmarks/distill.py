@@ -162,20 +162,24 @@ def main() -> None:
     teacher_figures = measure(teacher, validation)
     scale = "" if args.scale == 1 else f" --scale {args.scale:g}"
 
+    sizes = {"teacher": parameters(teacher), "student": parameters(student)}
+
     def save() -> None:
-        # All that is known so far, with where it came from.
+        known = {
+            "parameters": sizes,
+            "teacher": teacher_figures,
+            "over_seeds": summarize(figures),
+            "by_seed": figures,
+        }
+
+        # With where the figures came from.
         entry = {
             "command": f"python benchmarks/distill.py --teacher runs/teacher{scale}",
             "commit": commit(),
             "date": str(date.today()),
             "machine": machine(),
             "seeds": sorted(int(s) for s in figures["data"]),
-            "figures": {
-                "parameters": {"teacher": parameters(teacher), "student": parameters(student)},
-                "teacher": teacher_figures,
-                "over_seeds": summarize(figures),
-                "by_seed": figures,
-            },
+            "figures": known,
         }
         args.out.write_text(json.dumps(entry, indent=1) + "\n", "utf-8")
 
