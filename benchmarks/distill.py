@@ -165,7 +165,7 @@ def main() -> None:
     sizes = {"teacher": parameters(teacher), "student": parameters(student)}
 
     def save() -> None:
-        known = {
+        results = {
             "parameters": sizes,
             "teacher": teacher_figures,
             "over_seeds": summarize(figures),
@@ -179,7 +179,7 @@ def main() -> None:
             "date": str(date.today()),
             "machine": machine(),
             "seeds": sorted(int(s) for s in figures["data"]),
-            "figures": known,
+            "figures": results,
         }
         args.out.write_text(json.dumps(entry, indent=1) + "\n", "utf-8")
 
