@@ -271,7 +271,7 @@ ARMS = {
     "dpo on own samples": Arm(train_on_own_pairs, 350),
     "grpo": Arm(train_grpo, 150),
     # By chance all groups have spread: the whole batch at once would need 11 GB of memory.
-    "coin": Arm(partial(train_grpo, reward="coin", parts=4), 75),
+    "coin": Arm(partial(train_grpo, reward="coin", parts=4), 25),
     "mentions": Arm(partial(train_grpo, reward="mentions", max_completion_length=24), 75),
 }
 
