@@ -21,7 +21,7 @@ from .basics import FieldError, check_fields
 from .chat_template import Tokenizer
 from .data import Batches, TokenSource
 from .dpo import stack_rows
-from .engine import Engine, choose_device, join_processes
+from .engine import Engine, choose_device, join_processes, return_freed_memory
 from .files import DataConfig
 from .generate import SamplingConfig
 from .model import IGNORE_INDEX, Block, TinyLM, shift_labels
@@ -179,6 +179,9 @@ class DistillStage(PretrainStage):
             return batch
         assert self.tokenizer is not None
         end_id = self.tokenizer.eos_token_id
+
+        # What the student writes has another size in each step.
+        return_freed_memory()
 
         # Each row has a seed of its own, whichever process continues it.
         sequence = np.random.SeedSequence((self.config.seed, step))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'Loss', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'Precision', 'choose_precision', 'matmul_precision',
            'choose_device', 'join_processes', 'EngineConfig', 'choose_compile', 'check_attention', 'StepResult',
-           'next_token_loss', 'LocalEngine', 'Engine', 'keep_freed_memory', 'describe_engine', 'list_fallbacks',
-           'measure_matmul_peak']
+           'next_token_loss', 'LocalEngine', 'Engine', 'keep_freed_memory', 'return_freed_memory', 'describe_engine',
+           'list_fallbacks', 'measure_matmul_peak']
 
 # %% ../nbs/41_engine.ipynb #466d3717
 import atexit
@@ -465,6 +465,16 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system, where the C library is glibc.
+
+    Batches whose shapes change with every step leave gaps that the next tensors do not fit into;
+    without this, a process that samples its batches grows step by step.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 # %% ../nbs/41_engine.ipynb #01fc9b85
 def describe_engine(

@@ -28,7 +28,7 @@ from .basics import FieldError, check_fields, read_metrics
 from .chat import end_token_ids, read_records
 from .chat_template import Tokenizer
 from .dpo import adapter_reference, copy_reference, kl_to_reference
-from .engine import Engine
+from .engine import Engine, return_freed_memory
 from .evaluate import answer_all
 from .generate import SamplingConfig
 from .model import IGNORE_INDEX, Block, shift_labels
@@ -304,6 +304,7 @@ class RolloutStage(ChatStage):
         """Return this process's replies of a step; several steps may use the same ones."""
         number = step // self.objective.num_iterations
         if self.kept.number != number:
+            return_freed_memory()  # each rollout has tensors of other sizes
             batch = self.roll_out(number)
             self.kept = KeptRollouts(number, [batch] * self.world_size)
 
