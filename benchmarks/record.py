@@ -285,7 +285,8 @@ def record_trials(steps: int, seeds: list[int]) -> None:
         name: {"nats_above_the_floor": {**interval(values), "by_seed": values}}
         for name, values in by_name.items()
     }
-    write("trials", f"python benchmarks/record.py trials --steps {steps}", seeds, figures)
+    # The file of finished runs stays.
+    write("short_trials", f"python benchmarks/record.py trials --steps {steps}", seeds, figures)
 
 
 def flat(config: dict, prefix: str = "") -> dict:
